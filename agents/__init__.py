@@ -1,0 +1,98 @@
+"""Agents, and how one is made from a config."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
+from agents.planner import PlannerAgent
+from loopwm.config import Config, ConfigError
+from loopwm.dynamics import DYNAMICS
+from loopwm.model import ENCODERS, WorldModel
+from loopwm.training.checkpoint import CheckpointError, Checkpoints
+from loopwm.training.protocols import Agent
+from loopwm.training.run_dir import read_run
+
+AGENTS = {"planner": PlannerAgent}
+
+
+def make_world_model(cfg: Config, obs_dim: int, action_dim: int) -> WorldModel:
+    """The world model that a config describes."""
+    e, d = cfg.encoder, cfg.dynamics
+    encoder = ENCODERS[e.name](obs_dim, e.latent_dim, e.hidden_dim, e.layers)
+    dynamics = DYNAMICS[d.name](
+        e.latent_dim,
+        action_dim,
+        d.hidden_dim,
+        d.mean_loops,
+        d.max_loops,
+        min_loops=d.min_loops,
+        block_dim=d.block_dim,
+        prelude_layers=d.prelude_layers,
+        mode=d.mode,
+        gamma=d.gamma,
+        injection=d.injection,
+        depth_sampler=d.depth_sampler,
+        halt_tolerance=d.halt_tolerance,
+        latent_norm=encoder.norm,
+    )
+    return WorldModel(encoder, dynamics, cfg.agent.head_dim)
+
+
+def make_agent(cfg: Config, obs_dim: int, action_dim: int, discrete: bool, device: torch.device | str = "cpu") -> Agent:
+    """The agent that a config describes, freshly initialised from ``cfg.seed``.
+
+    Args:
+        obs_dim: O. action_dim: A, or the number of actions where ``discrete``.
+    """
+    device = torch.device(device)
+    torch.manual_seed(cfg.seed)
+    z, c = cfg.encoder.latent_dim, cfg.agent
+    world_model = make_world_model(cfg, obs_dim, action_dim).to(device)
+    policy = (DiscretePolicy if discrete else ContinuousPolicy)(z, action_dim, c.policy_dim).to(device)
+    value = ValueEnsemble(z, action_dim, c.value_dim).to(device)
+    return AGENTS[c.name](world_model, policy, value, action_dim, c, seed=cfg.seed, device=device)
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is cuda where there is one, else cpu.
+
+    Raises:
+        ConfigError: a cuda device was named and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={name!r}: torch sees no cuda device here; use device=cpu or device=auto")
+    return torch.device(name)
+
+
+def load_agent(
+    run_dir: str | Path, *, plan_loops: int | None = None, plan_samples: int | None = None, device: str = "cpu"
+) -> tuple[Agent, Config, int]:
+    """The agent of a run's newest checkpoint, ready to act: (agent, config, env frames it was trained for).
+
+    Args:
+        plan_loops, plan_samples: replace the run's own planning budget; see ``PlannerConfig``.
+
+    Raises:
+        CheckpointError: not a run directory, or a broken checkpoint. ConfigError: a broken config.yaml.
+    """
+    cfg, frames = read_run(Path(run_dir))
+    changes = {"plan_loops": plan_loops, "plan_samples": plan_samples}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    cfg = dataclasses.replace(cfg, agent=dataclasses.replace(cfg.agent, **changes))
+    target = resolve_device(device)
+    state = Checkpoints(Path(run_dir)).load(frames, device=target)
+    try:
+        agent = make_agent(cfg, *state["dims"], device=target)
+        agent.load_state_dict(state["agent"])
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{run_dir}: its checkpoint does not fit its config.yaml ({error})") from None
+    return agent, cfg, frames
+
+
+__all__ = ["AGENTS", "Agent", "PlannerAgent", "load_agent", "make_agent", "make_world_model", "resolve_device"]

@@ -1,0 +1,73 @@
+"""Model predictive path integral control in latent space, with the policy as its prior (TD-MPC2, 2310.16828 sec. 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PlanBudget:
+    """How much an action may cost. ``samples`` 0: the policy alone acts."""
+
+    samples: int = 64  # action sequences scored an iteration
+    iterations: int = 2  # refinements of the sampling distribution
+    horizon: int = 3  # imagined agent steps
+    policy_samples: int = 16  # of the samples, how many follow the policy
+    elites: int = 12  # best sequences that the distribution is refitted to
+    temperature: float = 0.5  # weight exp((score - best) / temperature), scores standardised over the elites
+    min_std: float = 0.05  # floor of the sampling spread, action units
+    max_std: float = 0.6  # first spread, action units
+
+
+Score = Callable[[Tensor, Tensor], Tensor]  # z (R, Z), actions (H, R, A) -> return (R,)
+
+
+@torch.no_grad()
+def mppi(
+    z: Tensor, prior: Tensor, mean: Tensor, score: Score, budget: PlanBudget, generator: torch.Generator, discrete: bool
+) -> tuple[Tensor, Tensor]:
+    """Refine a distribution over action sequences for N states at once.
+
+    Args:
+        z: (N, Z) latents. prior: (H, N, P, A) sequences of the policy. mean: (H, N, A) first guess (the previous plan
+        moved on by a step). score: imagined return of sequences. discrete: actions are one-hot, ``mean`` probabilities.
+
+    Returns:
+        (action (N, A), mean (H, N, A)); a one-hot action where discrete.
+    """
+    horizon, envs, from_policy, action_dim = prior.shape
+    drawn = budget.samples - from_policy
+    std = torch.full_like(mean, budget.max_std)
+    rows = z.repeat_interleave(budget.samples, 0)  # (N * S, Z)
+    for _ in range(budget.iterations):
+        fresh = _draw(mean, std, drawn, generator, discrete)  # (H, N, S - P, A)
+        actions = torch.cat([prior, fresh], 2)  # (H, N, S, A)
+        value = score(rows, actions.reshape(horizon, -1, action_dim)).view(envs, budget.samples)
+        elite_value, elite = value.nan_to_num(-1e9).topk(budget.elites, dim=1)  # (N, E)
+        index = elite.view(1, envs, -1, 1).expand(horizon, -1, -1, action_dim)
+        chosen = actions.gather(2, index)  # (H, N, E, A)
+        spread = elite_value.std(1, keepdim=True).clamp_min(1e-6)
+        weight = torch.softmax((elite_value - elite_value[:, :1]) / (spread * budget.temperature), 1)
+        weight = weight.view(1, envs, -1, 1)
+        mean = (weight * chosen).sum(2)  # (H, N, A)
+        std = (weight * (chosen - mean.unsqueeze(2)).square()).sum(2).sqrt().clamp(budget.min_std, budget.max_std)
+    if discrete:
+        best = mean[0].argmax(-1)
+        return torch.nn.functional.one_hot(best, action_dim).to(mean.dtype), mean
+    return mean[0].clamp(-1.0, 1.0), mean
+
+
+def _draw(mean: Tensor, std: Tensor, count: int, generator: torch.Generator, discrete: bool) -> Tensor:
+    """(H, N, A) -> ``count`` sequences (H, N, count, A)."""
+    shape = (*mean.shape[:2], count, mean.shape[2])
+    if not discrete:
+        noise = torch.randn(shape, generator=generator, device=mean.device)
+        return (mean.unsqueeze(2) + std.unsqueeze(2) * noise).clamp_(-1.0, 1.0)
+    # A tenth of uniform probability keeps every action in play.
+    probability = 0.9 * mean + 0.1 / mean.shape[2]
+    drawn = torch.multinomial(probability.reshape(-1, mean.shape[2]), count, True, generator=generator)
+    return torch.nn.functional.one_hot(drawn.view(shape[:3]), mean.shape[2]).to(mean.dtype)

@@ -1,0 +1,74 @@
+"""Parameters, gradients and targets as flat vectors: one kernel where a loop over tensors would cost more than Adam.
+
+Measured on one core for 33 tensors (shared/facts): Adam as a loop 2.83 ms a step, foreach 1.51, fused 0.51, fused on
+one flat buffer 0.21.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def flatten_parameters(modules: Iterable[nn.Module]) -> Tensor:
+    """Move all parameters of ``modules`` into one new vector; the modules keep working, as views of it."""
+    parameters = [p for module in modules for p in module.parameters()]
+    flat = torch.cat([p.detach().reshape(-1) for p in parameters])
+    start = 0
+    for p in parameters:
+        p.data = flat[start : start + p.numel()].view_as(p)
+        start += p.numel()
+    return flat
+
+
+class FlatAdam:
+    """Adam on all parameters of some modules as one vector, with gradient clipping by global norm.
+
+    Args:
+        modules: their parameters are moved into one vector, so build this before anything else refers to them.
+        learning_rate: step size. clip_norm: largest norm of the whole gradient.
+    """
+
+    def __init__(self, modules: list[nn.Module], learning_rate: float, clip_norm: float, eps: float = 1e-8):
+        self.flat = flatten_parameters(modules).requires_grad_()
+        self.flat.grad = torch.zeros_like(self.flat)
+        self.clip_norm = clip_norm
+        start = 0
+        for p in (p for module in modules for p in module.parameters()):
+            p.grad = self.flat.grad[start : start + p.numel()].view_as(p)
+            start += p.numel()
+        self.adam = torch.optim.Adam([self.flat], lr=learning_rate, eps=eps, fused=True)
+
+    def zero_grad(self) -> None:
+        self.flat.grad.zero_()
+
+    def step(self) -> Tensor:
+        """Clip, step; returns the gradient's norm () before clipping."""
+        norm = torch.linalg.vector_norm(self.flat.grad)
+        self.flat.grad.mul_((self.clip_norm / (norm + 1e-6)).clamp_max(1.0))
+        self.adam.step()
+        return norm
+
+    def state_dict(self) -> dict:
+        return {"flat": self.flat.detach(), "adam": self.adam.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        with torch.no_grad():
+            self.flat.copy_(state["flat"])
+        self.adam.load_state_dict(state["adam"])
+
+
+class EMATarget:
+    """A slow copy of a module: target <- (1 - tau) target + tau online."""
+
+    def __init__(self, online: nn.Module, target: nn.Module, tau: float):
+        target.load_state_dict(online.state_dict())
+        target.requires_grad_(False)
+        self.online, self.target, self.tau = list(online.parameters()), flatten_parameters([target]), tau
+
+    @torch.no_grad()
+    def update(self) -> None:
+        online = torch.cat([p.detach().reshape(-1) for p in self.online])
+        self.target.lerp_(online, self.tau)

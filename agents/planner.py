@@ -1,0 +1,306 @@
+"""The planner agent: a policy prior and a value ensemble on looped latents, and MPPI through the world model to act.
+
+After TD-MPC2 (2310.16828) and MR.Q (2501.16142): the world model is trained by multi-step latent consistency, reward
+and continuation; value and policy are trained off it, on real latents, by n-step double Q-learning (TD3 style).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
+from agents.mppi import PlanBudget, mppi
+from agents.optim import EMATarget, FlatAdam
+from loopwm.config import PlannerConfig
+from loopwm.model.losses import masked_mean, weighted_sum, world_model_losses
+from loopwm.model.world_model import WorldModel
+
+
+class PlannerAgent:
+    """See the module. Implements ``loopwm.training.protocols.Agent``.
+
+    Args:
+        world_model, policy, value: on ``device``. config: every coefficient. seed: of exploration, depths and planning.
+    """
+
+    def __init__(
+        self,
+        world_model: WorldModel,
+        policy: ContinuousPolicy | DiscretePolicy,
+        value: ValueEnsemble,
+        action_dim: int,
+        config: PlannerConfig,
+        *,
+        seed: int,
+        device: torch.device,
+    ):
+        self.world_model, self.policy, self.value = world_model, policy, value
+        self.action_dim, self.discrete, self.config, self.device = action_dim, policy.discrete, config, device
+        self.parameter_counts = {
+            "encoder": _count(world_model.encoder),
+            "dynamics": _count(world_model.dynamics),
+            "heads": _count(world_model.reward) + _count(world_model.continuation),
+            "policy": _count(policy),
+            "value": _count(value),
+        }
+        self.parameter_counts["total"] = sum(self.parameter_counts.values())
+        c = config
+        self.model_optimizer = FlatAdam([world_model], c.learning_rate, c.clip_norm)
+        self.value_optimizer = FlatAdam([value], c.learning_rate, c.clip_norm)
+        self.policy_optimizer = FlatAdam([policy], c.learning_rate, c.clip_norm)
+        self.value_target, self.policy_target = copy.deepcopy(value), copy.deepcopy(policy)
+        self.encoder_target = copy.deepcopy(world_model.encoder)
+        self.targets = {
+            "value": EMATarget(value, self.value_target, c.tau),
+            "policy": EMATarget(policy, self.policy_target, c.tau),
+            "encoder": EMATarget(world_model.encoder, self.encoder_target, c.encoder_tau),
+        }
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.depth_generator = torch.Generator().manual_seed(seed + 1)
+        self.updates = 0
+        self.acted = 0  # agent steps chosen while exploring
+        self._noise: Tensor | None = None  # (N, A) exploration noise, correlated in time
+        self._plan: Tensor | None = None  # (H, N, A) the previous plan
+
+    # ---- acting -------------------------------------------------------------------------------------------------
+
+    @property
+    def budget(self) -> PlanBudget:
+        c = self.config
+        return PlanBudget(c.plan_samples, c.plan_iterations, c.plan_horizon)
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, *, first: np.ndarray | None = None, explore: bool = False) -> np.ndarray:
+        """See ``Agent.act``. The first ``seed_steps`` exploring actions are random."""
+        envs = obs.shape[0]
+        if explore:
+            self.acted += envs
+            if self.acted <= self.config.seed_steps:
+                return self._to_env(self._explore(torch.zeros(envs, self.action_dim), first, 1.0))
+        z = self.world_model.encode(torch.as_tensor(obs, device=self.device))  # (N, Z)
+        if self.config.plan_samples > 0 and (self.config.plan_collect or not explore):
+            action = self.plan(z, first)
+        else:
+            action = self.policy(z)[0]  # (N, A)
+        return self._to_env(self._explore(action, first, self._noise_std()) if explore else action)
+
+    def plan(self, z: Tensor, first: np.ndarray | None = None) -> Tensor:
+        """MPPI from z (N, Z) -> action (N, A), continuing the previous plan except where ``first`` (N,)."""
+        budget, envs = self.budget, z.shape[0]
+        start = torch.zeros(budget.horizon, envs, self.action_dim, device=self.device)
+        if self.discrete:
+            start += 1.0 / self.action_dim
+        if self._plan is not None and self._plan.shape == start.shape:
+            keep = torch.as_tensor(np.zeros(envs, bool) if first is None else first, device=self.device)
+            moved = torch.cat([self._plan[1:], start[-1:]])
+            start = torch.where(keep.view(1, -1, 1), start, moved)
+        with self.world_model.frozen():
+            prior = self._policy_sequences(z, budget)
+            action, self._plan = mppi(z, prior, start, self._score, budget, self.generator, self.discrete)
+        return action
+
+    def _policy_sequences(self, z: Tensor, budget: PlanBudget) -> Tensor:
+        """Imagined policy action sequences (H, N, P, A): the first is the policy's own, the others are perturbed."""
+        rows = z.repeat_interleave(budget.policy_samples, 0)  # (N * P, Z)
+        own = torch.arange(rows.shape[0], device=self.device) % budget.policy_samples == 0
+        actions = []
+        for step in range(budget.horizon):
+            action = self.policy(rows)[0]
+            noisy = self.policy.perturb(action, self.config.plan_policy_std, 1.0, self.generator)
+            actions.append(torch.where(own.unsqueeze(1), action, noisy))
+            if step + 1 < budget.horizon:
+                rows = self.world_model.dynamics(rows, actions[-1], self._plan_depth()).z_next
+        return torch.stack(actions).view(budget.horizon, z.shape[0], budget.policy_samples, -1)
+
+    def _score(self, z: Tensor, actions: Tensor) -> Tensor:
+        """Imagined return (R,) of actions (H, R, A) from z (R, Z), with the value at the end."""
+        rollout = self.world_model.rollout(z, actions, self._plan_depth())
+        reward, continuation = self.world_model.predict(rollout.h)  # (H, R)
+        discount = self.config.discount * continuation
+        last = rollout.z[-1]
+        value = self.value.values(last, self.policy(last)[0]).mean(0)  # (R,)
+        for t in reversed(range(actions.shape[0])):
+            value = reward[t] + discount[t] * value
+        return value
+
+    def _plan_depth(self) -> int | None:
+        return self.config.plan_loops or None
+
+    def _noise_std(self) -> float:
+        c = self.config
+        share = min(1.0, max(0.0, (self.acted - c.seed_steps) / max(1, c.explore_decay_steps)))
+        return c.explore_std + share * (c.explore_std_final - c.explore_std)
+
+    def _explore(self, action: Tensor, first: np.ndarray | None, std: float) -> Tensor:
+        """Add noise that is correlated over time (AR(1)); for discrete actions, epsilon-greedy with epsilon = std."""
+        if self.discrete:
+            return self.policy.perturb(action, std, 1.0, self.generator)
+        fresh = torch.randn(action.shape, generator=self.generator, device=self.device)
+        rho = self.config.explore_correlation
+        if self._noise is None or self._noise.shape != fresh.shape:
+            self._noise = fresh
+        else:
+            self._noise = rho * self._noise + (1.0 - rho * rho) ** 0.5 * fresh
+            if first is not None and first.any():
+                self._noise = torch.where(torch.as_tensor(first).unsqueeze(1), fresh, self._noise)
+        return (action + std * self._noise).clamp(-1.0, 1.0)
+
+    def _to_env(self, action: Tensor) -> np.ndarray:
+        action = action.argmax(-1) if self.discrete else action
+        return action.cpu().numpy()
+
+    def encode_action(self, action: np.ndarray) -> np.ndarray:
+        """See ``Agent.encode_action``."""
+        return np.eye(self.action_dim, dtype=np.float32)[action] if self.discrete else action
+
+    def evaluator(self) -> PlannerAgent:
+        """See ``Agent.evaluator``: deterministic, and the same plan noise for every evaluation."""
+        view = copy.copy(self)
+        view.generator = torch.Generator(self.device).manual_seed(0)
+        view._plan = view._noise = None
+        return view
+
+    # ---- learning -----------------------------------------------------------------------------------------------
+
+    def learn(self, replay: Any, agent_steps: int) -> dict[str, float] | None:
+        """Do the updates that are due: ``update_ratio`` for each agent step since the seed phase began."""
+        c = self.config
+        if agent_steps < c.seed_steps:
+            return None
+        due = int(agent_steps * c.update_ratio)
+        metrics = None
+        while self.updates < due:
+            metrics = self.update(replay)
+        return metrics
+
+    def update(self, replay: Any) -> dict[str, Tensor]:
+        """One gradient step of the world model, the value and the policy, on one batch."""
+        c = self.config
+        length = max(c.horizon, c.n_step)
+        batch = replay.sample(c.batch_size, length)
+        obs, action, reward, terminated, mask = (torch.as_tensor(x, device=self.device) for x in batch)
+        metrics: dict[str, Tensor] = {}
+        if self.updates % c.model_every == 0:
+            b, h = c.model_batch_size, c.horizon
+            metrics |= self._update_model(
+                obs[: h + 1, :b], action[:h, :b], reward[:h, :b], terminated[:h, :b], mask[:h, :b]
+            )
+        n = c.n_step
+        with torch.no_grad():
+            z = self.world_model.encode(obs[0])  # (B, Z)
+            z_end = self.world_model.encode(obs[n])  # (B, Z); the last row of shorter sequences, by padding
+            target = self._value_target(z_end, reward[:n], terminated[:n], mask[:n])  # (B,)
+        metrics |= self._update_value(z, action[0], target)
+        if self.updates % c.policy_every == 0:
+            metrics |= self._update_policy(z)
+        for ema in self.targets.values():
+            ema.update()
+        self.updates += 1
+        return metrics
+
+    def _update_model(
+        self, obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, mask: Tensor
+    ) -> dict[str, Tensor]:
+        """obs (H + 1, B, O), action (H, B, A), the rest (H, B)."""
+        c, model = self.config, self.world_model
+        with torch.no_grad():
+            z_target = self.encoder_target(obs[1:])  # (H, B, Z)
+        depth = model.dynamics.sample_depth(obs.shape[1], self.depth_generator)
+        with model.frozen():
+            rollout = model.rollout(model.encode(obs[0]), action, depth)
+            losses = world_model_losses(model, rollout, z_target, reward, terminated, mask)
+            weights = {"consistency": c.consistency_weight, "reward": c.reward_weight, "continuation": c.continuation_weight}
+            total = weighted_sum(losses, weights)
+            self.model_optimizer.zero_grad()
+            total.backward()
+        norm = self.model_optimizer.step()
+        metrics = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
+        self.loops = rollout.loops[0]
+        return metrics | {"loss/model": total.detach(), "loss/model_gradient": norm}
+
+    def _value_target(self, z_end: Tensor, reward: Tensor, terminated: Tensor, mask: Tensor) -> Tensor:
+        """n-step target (B,): sum of discounted rewards, and the value where the sequence ends unless it terminated."""
+        c = self.config
+        powers = c.discount ** torch.arange(reward.shape[0] + 1, device=self.device)  # (n + 1,)
+        returns = (powers[:-1, None] * reward).sum(0)  # (B,); masked rewards are zero
+        bootstrap = powers[mask.sum(0).long()] * (1.0 - terminated.amax(0))  # truncation does not stop it
+        action = self.policy.perturb(self.policy_target(z_end)[0], c.smooth_std, c.smooth_clip, self.generator)
+        value = self.value_target.values(z_end, action).amin(0)
+        return returns + bootstrap * value
+
+    def _update_value(self, z: Tensor, action: Tensor, target: Tensor) -> dict[str, Tensor]:
+        logits = self.value(z, action)  # (E, B, bins)
+        loss = self.value.code.loss(logits, target.expand(logits.shape[0], -1)).sum(0).mean()
+        self.value_optimizer.zero_grad()
+        loss.backward()
+        norm = self.value_optimizer.step()
+        return {"loss/value": loss.detach(), "loss/value_gradient": norm, "train/value_target": target.mean()}
+
+    def _update_policy(self, z: Tensor) -> dict[str, Tensor]:
+        """Follow dQ/da (deterministic policy gradient); a small penalty keeps the policy off its saturation."""
+        action, raw = self.policy(z)
+        self.value.requires_grad_(False)
+        value = self.value.values(z, action).mean(0)  # (B,)
+        scale = value.detach().abs().mean().clamp_min(1e-3)
+        loss = -value.mean() / scale + self.config.policy_penalty * raw.square().mean()
+        self.policy_optimizer.zero_grad()
+        loss.backward()
+        self.value.requires_grad_(True)
+        norm = self.policy_optimizer.step()
+        return {"loss/policy": loss.detach(), "loss/policy_gradient": norm}
+
+
+    # ---- looking and keeping ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def diagnostics(self, replay: Any) -> dict[str, float]:
+        """See ``Agent.diagnostics``: what the loop does on a batch of real transitions."""
+        batch = replay.sample(256, 1, rng=np.random.default_rng(self.updates))
+        z = self.world_model.encode(torch.as_tensor(batch.obs[0], device=self.device))
+        action = torch.as_tensor(batch.action[0], device=self.device)
+        dynamics = self.world_model.dynamics
+        adaptive, trained = dynamics(z, action), dynamics(z, action, dynamics.mean_loops)
+        return {
+            "loop/mean": float(adaptive.loops.double().mean()),
+            "loop/max": float(adaptive.loops.max()),
+            "loop/residual_at_exit": float(adaptive.residual.mean()),
+            "loop/residual_at_mean_loops": float(trained.residual.mean()),
+            "loop/contraction_bound": dynamics.lipschitz_bound(),
+            "loop/contraction_measured": dynamics.measured_contraction(z, action),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training goes on from: weights, optimisers, targets, random streams, carried state."""
+        return {
+            "optimizers": {name: o.state_dict() for name, o in self._optimizers().items()},
+            "targets": {name: ema.target for name, ema in self.targets.items()},
+            "generator": self.generator.get_state(),
+            "depth_generator": self.depth_generator.get_state(),
+            "updates": self.updates,
+            "acted": self.acted,
+            "noise": self._noise,
+            "plan": self._plan,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises KeyError or RuntimeError where ``state`` is of another agent."""
+        for name, optimizer in self._optimizers().items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        for name, ema in self.targets.items():
+            ema.target.copy_(state["targets"][name])
+        self.generator.set_state(state["generator"].cpu())
+        self.depth_generator.set_state(state["depth_generator"].cpu())
+        self.updates, self.acted = state["updates"], state["acted"]
+        self._noise, self._plan = state["noise"], state["plan"]
+
+    def _optimizers(self) -> dict[str, FlatAdam]:
+        return {"model": self.model_optimizer, "value": self.value_optimizer, "policy": self.policy_optimizer}
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,17 @@
+"""Gymnasium and DeepMind Control behind one make_env and one make_vector_env."""
+
+from envs.errors import RenderingUnavailable, TaskError
+from envs.make import make_env, make_vector_env, resolve_action_repeat
+from envs.resume import restore_vector_env, vector_env_state
+from envs.spaces import space_dims
+
+__all__ = [
+    "RenderingUnavailable",
+    "TaskError",
+    "make_env",
+    "make_vector_env",
+    "resolve_action_repeat",
+    "restore_vector_env",
+    "space_dims",
+    "vector_env_state",
+]

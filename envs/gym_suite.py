@@ -1,0 +1,43 @@
+"""Any registered Gymnasium environment."""
+
+import os
+
+import gymnasium
+from gymnasium.error import DependencyNotInstalled
+
+from envs.errors import TaskError, suggestion
+from envs.rendering import check_backend, prefer_egl
+
+
+def load(name: str, task: str, render: bool) -> gymnasium.Env:
+    """Make the env registered as `name` ("module:id" imports the module first).
+
+    Args:
+        name: a Gymnasium id.
+        task: the full name, for error messages.
+        render: frames are wanted.
+
+    Raises:
+        TaskError: no such id, or it needs a package which is not installed.
+        RenderingUnavailable: MUJOCO_GL asks for a backend which this machine does not have.
+    """
+    if render:
+        prefer_egl()
+    try:
+        # No checker: it costs time at every step, and the tests run gymnasium's full one.
+        return gymnasium.make(name, render_mode="rgb_array" if render else None, disable_env_checker=True)
+    except (DependencyNotInstalled, ImportError, AttributeError, RuntimeError) as error:
+        if os.environ.get("MUJOCO_GL"):
+            check_backend(task)
+        if isinstance(error, (AttributeError, RuntimeError)):
+            raise
+        raise TaskError(f"task '{task}' needs a package: {_first_line(error)}") from error
+    except gymnasium.error.UnregisteredEnv as error:
+        hint = suggestion(task, (f"gym/{other}" for other in gymnasium.registry)) or _first_line(error)
+        raise TaskError(f"unknown task '{task}'; {hint}") from error
+    except gymnasium.error.Error as error:
+        raise TaskError(f"task '{task}': {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,74 @@
+"""Evaluate a run: ``python evaluate.py RUN_DIR --episodes 10 --loops 8 --video out.mp4 --json``.
+
+It plays the trainer's own rollout, deterministic, on seeds of its own.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+
+from agents import load_agent
+from envs import RenderingUnavailable, TaskError, make_vector_env
+from loopwm.config import ConfigError
+from loopwm.training.checkpoint import CheckpointError
+from loopwm.training.rollout import rollout
+from loopwm.training.video import record_episode, save_video
+
+USER_ERRORS = (ConfigError, TaskError, CheckpointError)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    def count(text: str) -> int:
+        if not text.isdigit() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        return int(text)
+
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.splitlines()[0])
+    parser.add_argument("run_dir", type=Path, help="what train.py wrote")
+    parser.add_argument("--episodes", type=count, default=10)
+    parser.add_argument("--loops", type=count, help="loops in each prediction while planning (default: the run's)")
+    parser.add_argument("--samples", type=int, help="action sequences in a plan; 0: the policy alone acts")
+    parser.add_argument("--seed", type=int, default=2**34, help="of the episodes")
+    parser.add_argument("--video", type=Path, metavar="FILE.mp4", help="film the first episode")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a line")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 evaluated, 2 something to correct."""
+    args = parse(arguments)
+    try:
+        agent, cfg, frames = load_agent(args.run_dir, plan_loops=args.loops, plan_samples=args.samples)
+        make = functools.partial(make_vector_env, cfg.task.id, action_repeat=cfg.task.action_repeat)
+        result = rollout(agent, make(min(args.episodes, 10)), args.episodes, seed=args.seed)
+    except USER_ERRORS as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    summary = {
+        "run_dir": str(args.run_dir),
+        "task": cfg.task.id,
+        "frames": frames,
+        "eval_episodes": args.episodes,
+        "eval_return_mean": float(result.returns.mean()),
+        "eval_return_std": float(result.returns.std()),
+        "eval_returns": result.returns.tolist(),
+        "eval_length_mean": float(result.lengths.mean()),
+        "loops": args.loops or cfg.agent.plan_loops or "adaptive",
+    }
+    line = f"{summary['task']}  return {summary['eval_return_mean']:.2f} +- {summary['eval_return_std']:.2f}"
+    print(json.dumps(summary) if args.json else f"{line}  ({args.episodes} episodes, {frames:,} frames trained)")
+    if args.video:
+        try:
+            venv = make(1, render=True)
+            images, _ = record_episode(agent, venv, args.seed)
+            save_video(args.video, images, venv.metadata.get("render_fps", 30))
+        except RenderingUnavailable as error:
+            print(f"evaluate.py: no video: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

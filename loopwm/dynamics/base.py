@@ -1,0 +1,92 @@
+"""What every dynamics model returns and answers to, looped or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+Depth = "int | Tensor | DepthSchedule | None"
+
+
+class DynamicsOutput:
+    """One prediction for a batch.
+
+    Attributes:
+        z_next: (B, Z) predicted next latent.
+        h: (B, D) loop state after the last loop; reward and continuation heads read it.
+        loops: (B,) int64, how often the block was applied to each sample.
+        residual: (B,) relative size of each sample's last step, ||h[T] - h[T-1]|| / ||h[T-1]||. Computed when first
+            read, without gradient: training never pays for it.
+    """
+
+    __slots__ = ("z_next", "h", "_loops", "_residual")
+
+    def __init__(self, z_next: Tensor, h: Tensor, loops: Callable[[], Tensor], residual: Callable[[], Tensor]):
+        self.z_next, self.h = z_next, h
+        self._loops, self._residual = loops, residual
+
+    @property
+    def loops(self) -> Tensor:
+        return self._loops()
+
+    @property
+    def residual(self) -> Tensor:
+        return self._residual()
+
+
+def relative_step(h: Tensor, previous: Tensor) -> Tensor:
+    """||h - previous|| / ||previous|| per sample: (B, D), (B, D) -> (B,)."""
+    with torch.no_grad():
+        h, previous = h.detach(), previous.detach()
+        step = torch.linalg.vector_norm(h - previous, dim=-1)
+        return step / torch.linalg.vector_norm(previous, dim=-1).clamp_min(1e-8)
+
+
+@runtime_checkable
+class Dynamics(Protocol):
+    """Latent dynamics: ``out = dynamics(z, action, depth)`` with z (B, Z) and action (B, A)."""
+
+    state_dim: int
+    mean_loops: int
+    max_loops: int
+
+    def __call__(self, z: Tensor, action: Tensor, depth: Depth = None) -> DynamicsOutput: ...
+
+    def sample_depth(self, batch: int, generator: torch.Generator | None = None) -> Depth:
+        """A training depth for each of ``batch`` sequences."""
+        ...
+
+    def lipschitz_bound(self) -> float:
+        """Upper bound on the contraction factor of one loop; inf where none is certified."""
+        ...
+
+
+class Prelude(nn.Module):
+    """e = LayerNorm(P [z; a]), once per prediction, with ``layers - 1`` hidden layers before it."""
+
+    def __init__(self, latent_dim: int, action_dim: int, hidden_dim: int, layers: int = 1):
+        super().__init__()
+        widths = [latent_dim + action_dim] + [hidden_dim] * layers
+        modules: list[nn.Module] = []
+        for i, (width_in, width_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            modules += [nn.ReLU()] if i else []
+            modules += [nn.Linear(width_in, width_out), nn.LayerNorm(width_out)]
+        self.layers = nn.Sequential(*modules)
+
+    def forward(self, z: Tensor, action: Tensor) -> Tensor:
+        return self.layers(torch.cat([z, action], -1))  # (B, D)
+
+
+class Coda(nn.Module):
+    """z' = latent_norm(z + C h): the residual is in z, the norm is the encoder's own."""
+
+    def __init__(self, hidden_dim: int, latent_dim: int, latent_norm: nn.Module | None = None):
+        super().__init__()
+        self.out = nn.Linear(hidden_dim, latent_dim)
+        self.latent_norm = latent_norm if latent_norm is not None else nn.Identity()
+
+    def forward(self, z: Tensor, h: Tensor) -> Tensor:
+        return self.latent_norm(z + self.out(h))  # (B, Z)

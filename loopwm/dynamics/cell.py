@@ -1,0 +1,147 @@
+"""The shared block and the linear path around it: one loop of h' = Abar * h + Bbar e + Rbar(h, e)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from loopwm.dynamics.spectral import UnitSpectralNorm
+
+MODES = ("certified", "linear")
+INJECTIONS = ("zoh", "euler", "additive")
+# Lipschitz constants of the activations; SiLU's exceeds one (max of its derivative, at x = 2.3994).
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "relu": (torch.relu, 1.0),
+    "tanh": (torch.tanh, 1.0),
+    "silu": (nn.functional.silu, 1.09984),
+}
+FoldedWeights = tuple[Tensor, "Tensor | float", Tensor, Tensor]
+DECAY_INIT = math.sqrt(1.0 / 5.0)  # Parcae (2604.12946): the linear path forgets h0 at this rate per loop
+
+
+class LoopCell(nn.Module):
+    """One loop on a state h (B, D) with injected input e (B, D).
+
+    Rbar(h, e) = g * W2 s(W1 h + U e + b), the block. In mode ``certified`` the spectral norms of W1 and W2 are at most
+    one and g = gamma (1 - max Abar) / Lip(s), so one loop contracts by rho <= max Abar + gamma (1 - max Abar) < 1. In
+    mode ``linear`` (as published in 2606.18208) only the linear path is bounded: g = 1 and the weights are free.
+
+    Args:
+        hidden_dim: D, width of h. block_dim: inner width of the block. gamma: in (0, 1), share of the head-room that
+        the block may use. injection: ``zoh`` Bbar = (1 - Abar) / -A * B, ``euler`` Bbar = dt * B, ``additive`` Bbar = 1.
+
+    Raises:
+        ValueError: unknown mode, injection or activation, or gamma outside (0, 1).
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        block_dim: int,
+        mode: str = "certified",
+        gamma: float = 0.95,
+        injection: str = "zoh",
+        activation: str = "relu",
+    ):
+        super().__init__()
+        for value, known, what in ((mode, MODES, "mode"), (injection, INJECTIONS, "injection")):
+            if value not in known:
+                raise ValueError(f"unknown {what} {value!r}; choose from {', '.join(known)}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}; choose from {', '.join(ACTIVATIONS)}")
+        if not 0.0 < gamma < 1.0:
+            raise ValueError(f"gamma must lie in (0, 1), got {gamma}")
+        self.mode, self.gamma, self.injection = mode, gamma, injection
+        self.activation, self.activation_lipschitz = ACTIVATIONS[activation]
+        self.log_rate = nn.Parameter(torch.zeros(hidden_dim))  # a, with A = -exp(a)
+        self.log_dt = nn.Parameter(torch.full((hidden_dim,), math.log(-math.log(DECAY_INIT))))
+        self.input_gain = nn.Parameter(torch.ones(hidden_dim))  # B, diagonal
+        self.read = nn.Linear(hidden_dim, block_dim, bias=False)  # W1
+        self.inject = nn.Linear(hidden_dim, block_dim)  # U, b: free, they do not touch dh'/dh
+        self.write = nn.Linear(block_dim, hidden_dim, bias=False)  # W2
+        nn.init.zeros_(self.write.weight)
+        self._folded: FoldedWeights | None = None
+        if mode == "certified":
+            parametrize.register_parametrization(self.read, "weight", UnitSpectralNorm())
+            parametrize.register_parametrization(self.write, "weight", UnitSpectralNorm(), unsafe=True)
+
+    def decay(self) -> Tensor:
+        """Abar = exp(dt * A) in (0, 1), (D,)."""
+        # The floor keeps Abar below one in float32: exp(-x) rounds to 1 for x under 6e-8.
+        return torch.exp(-torch.exp(self.log_rate + self.log_dt).clamp_min(1e-4))
+
+    def block_scale(self, decay: Tensor) -> Tensor | float:
+        """g, the factor on the block that leaves the certificate its room."""
+        if self.mode != "certified":
+            return 1.0
+        return self.gamma * (1.0 - decay.max()) / self.activation_lipschitz
+
+    def input_scale(self, decay: Tensor) -> Tensor | float:
+        """Bbar, (D,)."""
+        if self.injection == "zoh":
+            return (1.0 - decay) * torch.exp(-self.log_rate) * self.input_gain
+        if self.injection == "euler":
+            return torch.exp(self.log_dt) * self.input_gain
+        return 1.0
+
+    def fold(self) -> FoldedWeights:
+        """Everything that depends on the parameters alone: (Abar, Bbar, W1^T, g W2^T)."""
+        decay = self.decay()
+        write = self.write.weight * self.block_scale(decay)
+        return decay, self.input_scale(decay), self.read.weight.t(), write.t()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, the parameters do not change: normalise and fold them once, not once per prediction."""
+        self._folded = self.fold()
+        try:
+            yield
+        finally:
+            self._folded = None
+
+    def prepare(self, e: Tensor) -> PreparedLoop:
+        """Do everything that does not depend on h, once per prediction: e (B, D)."""
+        decay, input_scale, read, write = self._folded or self.fold()
+        constant, injected = e * input_scale, self.inject(e)  # (B, D), (B, W)
+        return PreparedLoop(decay, constant, injected, read, write, self.activation)
+
+    @torch.no_grad()
+    def lipschitz_bound(self) -> float:
+        """Upper bound on |dh'/dh| by exact singular values in float64; inf in mode ``linear`` only if it exceeds floats.
+
+        In mode ``certified`` it is below one at every moment of training.
+        """
+        decay = self.decay().double().max()
+        read, write = (torch.linalg.matrix_norm(m.weight.double(), 2) for m in (self.read, self.write))
+        scale = float(self.block_scale(decay))
+        return float(decay + scale * self.activation_lipschitz * read * write)
+
+
+class PreparedLoop:
+    """A cell with its weights and its input fixed: ``h = loop(h)`` is one application of the shared block."""
+
+    __slots__ = ("decay", "constant", "injected", "read", "write", "activation")
+
+    def __init__(self, decay, constant, injected, read, write, activation):
+        self.decay, self.constant, self.injected = decay, constant, injected
+        self.read, self.write, self.activation = read, write, activation
+
+    def __call__(self, h: Tensor) -> Tensor:
+        inner = self.activation(torch.addmm(self.injected, h, self.read))  # (B, W)
+        return torch.addmm(torch.addcmul(self.constant, h, self.decay), inner, self.write)  # (B, D)
+
+    def first(self, rows: int) -> PreparedLoop:
+        """The same loop on the first ``rows`` samples."""
+        return PreparedLoop(
+            self.decay, self.constant[:rows], self.injected[:rows], self.read, self.write, self.activation
+        )
+
+    def select(self, index: Tensor) -> PreparedLoop:
+        """The same loop on the samples ``index`` (n,)."""
+        constant, injected = self.constant.index_select(0, index), self.injected.index_select(0, index)
+        return PreparedLoop(self.decay, constant, injected, self.read, self.write, self.activation)

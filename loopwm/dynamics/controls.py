@@ -1,0 +1,94 @@
+"""The unlooped controls: same prelude, coda and cell equation, but no weight is used twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from loopwm.dynamics.base import Coda, Depth, DynamicsOutput, Prelude, relative_step
+from loopwm.dynamics.cell import LoopCell
+
+
+class StackedDynamics(nn.Module):
+    """``mean_loops`` cells with weights of their own: the loop's FLOPs, unlooped, with mean_loops times its block.
+
+    ``depth`` is accepted and ignored: an unlooped model has the depth it was built with.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        action_dim: int,
+        hidden_dim: int,
+        mean_loops: int = 4,
+        max_loops: int = 8,
+        *,
+        block_dim: int | None = None,
+        prelude_layers: int = 1,
+        mode: str = "linear",
+        gamma: float = 0.95,
+        injection: str = "zoh",
+        activation: str = "relu",
+        latent_norm: nn.Module | None = None,
+        **_: object,  # depth sampling and halting mean nothing here; the interface is the loop's
+    ):
+        super().__init__()
+        self.state_dim, self.mean_loops, self.max_loops = hidden_dim, mean_loops, mean_loops
+        self.prelude = Prelude(latent_dim, action_dim, hidden_dim, prelude_layers)
+        self.start = nn.Linear(latent_dim, hidden_dim, bias=False) if latent_dim != hidden_dim else nn.Identity()
+        self.cells = nn.ModuleList(
+            LoopCell(hidden_dim, block_dim or 2 * hidden_dim, mode, gamma, injection, activation)
+            for _ in range(mean_loops)
+        )
+        self.coda = Coda(hidden_dim, latent_dim, latent_norm)
+
+    def forward(self, z: Tensor, action: Tensor, depth: Depth = None) -> DynamicsOutput:
+        """Predict the next latent: z (B, Z), action (B, A) -> ``DynamicsOutput``."""
+        e, h = self.prelude(z, action), self.start(z)
+        previous = h
+        for cell in self.cells:
+            previous, h = h, cell.prepare(e)(h)
+        layers, batch = len(self.cells), z.shape[0]
+        return DynamicsOutput(
+            self.coda(z, h),
+            h,
+            lambda: torch.full((batch,), layers, device=z.device),
+            lambda: relative_step(h, previous),
+        )
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, the parameters do not change (see ``LoopCell.frozen``)."""
+        with ExitStack() as stack:
+            for cell in self.cells:
+                stack.enter_context(cell.frozen())
+            yield
+
+    def sample_depth(self, batch: int, generator: torch.Generator | None = None) -> Depth:
+        return self.mean_loops
+
+    def lipschitz_bound(self) -> float:
+        """Largest bound of a layer; a stack has no fixed point, so it certifies nothing about convergence."""
+        return max(cell.lipschitz_bound() for cell in self.cells)
+
+    def measured_contraction(self, z: Tensor, action: Tensor, loops: int | None = None) -> float:
+        """Not a number: successive layers are different maps."""
+        return float("nan")
+
+
+class SinglePassDynamics(StackedDynamics):
+    """The loop's very cell, applied once: the same parameters, a fraction of the FLOPs."""
+
+    def __init__(self, latent_dim: int, action_dim: int, hidden_dim: int, mean_loops: int = 4, max_loops: int = 8, **kw):
+        super().__init__(latent_dim, action_dim, hidden_dim, 1, 1, **kw)
+
+
+class WideDynamics(StackedDynamics):
+    """One block ``mean_loops`` times as wide, applied once: the loop's FLOPs spent on width."""
+
+    def __init__(self, latent_dim: int, action_dim: int, hidden_dim: int, mean_loops: int = 4, max_loops: int = 8, **kw):
+        kw["block_dim"] = mean_loops * (kw.get("block_dim") or 2 * hidden_dim)
+        super().__init__(latent_dim, action_dim, hidden_dim, 1, 1, **kw)

@@ -1,0 +1,76 @@
+"""How many loops each sequence gets in training, and how a batch of mixed depths is run without waste."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class DepthSchedule:
+    """A batch's depths, sorted so that the samples still looping are always the first rows.
+
+    Finished samples are frozen by leaving the batch: loop t runs on ``active[t]`` rows only, so a batch of mixed
+    depths costs its mean depth, not its maximum. Build it once per update; every step of a rollout re-uses it.
+
+    Args:
+        depth: (B,) integers >= 1, any order. A descending order (what the samplers give) needs no permutation.
+
+    Raises:
+        ValueError: a depth below one, or a tensor that is not one-dimensional.
+    """
+
+    def __init__(self, depth: Tensor):
+        if depth.ndim != 1 or depth.numel() == 0 or depth.is_floating_point():
+            raise ValueError(f"depth must be a (B,) tensor of integers, got {tuple(depth.shape)} {depth.dtype}")
+        values = depth.cpu()
+        if int(values.min()) < 1:
+            raise ValueError(f"depth must be at least 1, got {int(values.min())}")
+        self.loops = depth.long()  # (B,) in the caller's order
+        self.order: Tensor | None = None
+        if bool((values[1:] > values[:-1]).any()):
+            self.order = values.argsort(descending=True, stable=True).to(depth.device)
+            self.inverse = self.order.argsort()
+            values = values[self.order.cpu()]
+        # active[t] = number of samples whose depth exceeds t, for t = 0 .. max depth - 1
+        counts = torch.bincount(values)  # (max + 1,)
+        self.active: list[int] = counts.flip(0).cumsum(0).flip(0)[1:].tolist()
+
+    def last_rows(self) -> Tensor:
+        """(B,) where each sample's last loop stands among the rows of all loops, loop after loop."""
+        starts = torch.tensor([0, *self.active]).cumsum(0).to(self.loops.device)  # row where loop t begins
+        position = torch.arange(len(self), device=self.loops.device) if self.order is None else self.inverse
+        return starts[self.loops - 1] + position
+
+    def __len__(self) -> int:
+        return self.loops.shape[0]
+
+
+def _poisson(batch: int, mean: int, low: int, high: int, generator: torch.Generator | None) -> Tensor:
+    """clip(Poisson(mean), low, high): the depth prior of Geiping et al. 2025 (2502.05171) without its log-normal."""
+    return torch.poisson(torch.full((batch,), float(mean)), generator=generator).long().clamp(low, high)
+
+
+def _uniform(batch: int, mean: int, low: int, high: int, generator: torch.Generator | None) -> Tensor:
+    """U{low .. 2 mean - low}, capped at high: its mean is ``mean`` where the cap does not bind."""
+    top = min(max(2 * mean - low, low), high)
+    return torch.randint(low, top + 1, (batch,), generator=generator)
+
+
+def _fixed(batch: int, mean: int, low: int, high: int, generator: torch.Generator | None) -> Tensor:
+    return torch.full((batch,), mean)
+
+
+DEPTH_SAMPLERS = {"poisson": _poisson, "uniform": _uniform, "fixed": _fixed}
+
+
+def sample_depths(
+    sampler: str, batch: int, mean: int, low: int, high: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw one depth per sequence, (batch,) int64, sorted descending (rows of a replay batch are exchangeable).
+
+    Raises:
+        ValueError: unknown sampler name.
+    """
+    if sampler not in DEPTH_SAMPLERS:
+        raise ValueError(f"unknown depth sampler {sampler!r}; choose from {', '.join(DEPTH_SAMPLERS)}")
+    return DEPTH_SAMPLERS[sampler](batch, mean, low, high, generator).sort(descending=True).values

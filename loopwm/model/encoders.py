@@ -1,0 +1,52 @@
+"""obs -> latent z. One normalisation, shared by encoder and dynamics, keeps every latent on the same scale."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class LatentNorm(nn.Module):
+    """Layer normalisation without parameters: each latent has mean 0 and variance 1 over its Z entries.
+
+    Raises:
+        ValueError: latent_dim < 2, where the norm would erase everything.
+    """
+
+    def __init__(self, latent_dim: int):
+        super().__init__()
+        if latent_dim < 2:
+            raise ValueError(f"latent_dim must be at least 2, got {latent_dim}")
+        self.shape = (latent_dim,)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return nn.functional.layer_norm(z, self.shape)
+
+
+def symlog(x: Tensor) -> Tensor:
+    """sign(x) log(1 + |x|), the compression of DreamerV3 (2301.04104, eq. 9)."""
+    return torch.sign(x) * torch.log1p(torch.abs(x))
+
+
+def mlp(width_in: int, hidden: int, layers: int, width_out: int) -> nn.Sequential:
+    """``layers`` blocks of Linear, LayerNorm, ReLU, then a Linear to ``width_out``."""
+    modules: list[nn.Module] = []
+    for i in range(layers):
+        modules += [nn.Linear(width_in if i == 0 else hidden, hidden), nn.LayerNorm(hidden), nn.ReLU()]
+    modules.append(nn.Linear(hidden if layers else width_in, width_out))
+    return nn.Sequential(*modules)
+
+
+class MLPEncoder(nn.Module):
+    """State observations (..., O) -> z (..., Z): symlog, MLP, latent norm."""
+
+    def __init__(self, obs_dim: int, latent_dim: int, hidden_dim: int, layers: int = 2):
+        super().__init__()
+        self.layers = mlp(obs_dim, hidden_dim, layers - 1, latent_dim)
+        self.norm = LatentNorm(latent_dim)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.norm(self.layers(symlog(obs)))
+
+
+ENCODERS: dict[str, type[nn.Module]] = {"mlp": MLPEncoder}

@@ -1,0 +1,66 @@
+"""What is read off the loop state: reward, continuation. And the two-hot code that makes regression scale-free."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from loopwm.model.encoders import mlp, symlog
+
+
+def symexp(x: Tensor) -> Tensor:
+    """Inverse of symlog."""
+    return torch.sign(x) * torch.expm1(torch.abs(x))
+
+
+class TwoHot(nn.Module):
+    """A scalar as a distribution over ``bins`` equal steps of symlog space in [low, high] (2301.04104, eq. 9-10)."""
+
+    centers: Tensor
+
+    def __init__(self, bins: int, low: float, high: float):
+        super().__init__()
+        if bins < 2 or low >= high:
+            raise ValueError(f"need bins >= 2 and low < high, got {bins}, {low}, {high}")
+        self.bins, self.low, self.step = bins, low, (high - low) / (bins - 1)
+        self.register_buffer("centers", torch.linspace(low, high, bins), persistent=False)
+
+    def decode(self, logits: Tensor) -> Tensor:
+        """Expected value (...,) of logits (..., bins): the mean is taken in symlog space."""
+        return symexp(torch.softmax(logits, -1) @ self.centers)
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy (...,) of logits (..., bins) with the two-hot code of target (...,)."""
+        position = ((symlog(target) - self.low) / self.step).clamp(0, self.bins - 1)
+        below = position.floor().clamp_max(self.bins - 2)
+        weight = (position - below).unsqueeze(-1)  # (..., 1), share of the upper bin
+        index = below.long().unsqueeze(-1)
+        log_p = torch.log_softmax(logits, -1)
+        lower, upper = log_p.gather(-1, index), log_p.gather(-1, index + 1)
+        return -(lower + weight * (upper - lower)).squeeze(-1)
+
+
+class RewardHead(nn.Module):
+    """Loop state h (..., D) -> two-hot reward logits (..., bins)."""
+
+    def __init__(self, state_dim: int, hidden_dim: int, bins: int = 63, limit: float = 6.0):
+        super().__init__()
+        self.layers = nn.Sequential(nn.LayerNorm(state_dim), mlp(state_dim, hidden_dim, 1, bins))
+        self.code = TwoHot(bins, -limit, limit)
+        nn.init.zeros_(self.layers[-1][-1].weight)
+        nn.init.zeros_(self.layers[-1][-1].bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.layers(h)
+
+
+class ContinuationHead(nn.Module):
+    """Loop state h (..., D) -> logit (...,) that the episode does not terminate with this step."""
+
+    def __init__(self, state_dim: int, hidden_dim: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.LayerNorm(state_dim), mlp(state_dim, hidden_dim, 1, 1))
+        nn.init.constant_(self.layers[-1][-1].bias, 4.0)  # terminations are rare: start from p = 0.98
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.layers(h).squeeze(-1)

@@ -1,0 +1,50 @@
+"""The world model's named losses. Each is a mean over the valid steps of a batch of sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loopwm.model.world_model import Rollout, WorldModel
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x (...) where mask (...) is one."""
+    return (x * mask).sum() / mask.sum().clamp_min(1.0)
+
+
+def world_model_losses(
+    model: WorldModel, rollout: Rollout, z_target: Tensor, reward: Tensor, terminated: Tensor, mask: Tensor
+) -> dict[str, Tensor]:
+    """Consistency, reward and continuation at every step of a rollout.
+
+    Args:
+        rollout: H steps from the first encoded observation under the recorded actions.
+        z_target: (H, B, Z) encodings of the observations that followed; no gradient passes through them.
+        reward, terminated, mask: (H, B); mask is 1 while the sequence lies in its episode.
+
+    Returns:
+        ``consistency`` squared latent error, mean over Z; ``reward`` two-hot cross-entropy; ``continuation`` binary
+        cross-entropy. Scalars ().
+    """
+    consistency = (rollout.z[1:] - z_target.detach()).square().mean(-1)  # (H, B)
+    reward_loss = model.reward.code.loss(model.reward(rollout.h), reward)  # (H, B)
+    continuation = torch.nn.functional.binary_cross_entropy_with_logits(
+        model.continuation(rollout.h), 1.0 - terminated, reduction="none"
+    )  # (H, B)
+    return {
+        "consistency": masked_mean(consistency, mask),
+        "reward": masked_mean(reward_loss, mask),
+        "continuation": masked_mean(continuation, mask),
+    }
+
+
+def weighted_sum(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """One scalar from named losses.
+
+    Raises:
+        KeyError: the two do not have the same names: a loss without a weight is a loss forgotten.
+    """
+    if losses.keys() != weights.keys():
+        raise KeyError(f"losses {sorted(losses)} and weights {sorted(weights)} differ")
+    return sum(weights[name] * loss for name, loss in losses.items())

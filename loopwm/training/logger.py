@@ -1,0 +1,64 @@
+"""One set of numbers, written twice: TensorBoard for eyes, metrics.jsonl for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+
+class Logger:
+    """Scalars on env frames as x axis.
+
+    Args:
+        run_dir: where events and metrics.jsonl are written. resume_frames: None for a new run; otherwise what was
+        logged after this frame is dropped from both, since the run goes on from there.
+    """
+
+    def __init__(self, run_dir: Path, resume_frames: int | None = None):
+        self._path = run_dir / "metrics.jsonl"
+        if resume_frames is not None and self._path.exists():
+            self._drop_after(resume_frames)
+        purge = None if resume_frames is None else resume_frames + 1
+        self._writer = SummaryWriter(str(run_dir), purge_step=purge, flush_secs=10)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def _drop_after(self, frames: int) -> None:
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["frames"] <= frames:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                break  # a kill in mid-write leaves a torn last line
+        draft = self._path.with_suffix(".tmp")
+        draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        draft.replace(self._path)
+
+    def write(self, frames: int, scalars: Mapping[str, float]) -> None:
+        """Log scalars (tag -> value) at an env frame."""
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, frames)
+        self._file.write(json.dumps({"frames": frames, **{k: round(float(v), 6) for k, v in scalars.items()}}) + "\n")
+        self._file.flush()
+
+    def stills(self, frames: int, images: np.ndarray) -> None:
+        """Show an episode (T, H, W, 3) uint8 as a strip of six stills (TensorBoard's own video needs moviepy)."""
+        chosen = [images[i] for i in np.linspace(0, len(images) - 1, 6).astype(int)]
+        self._writer.add_image("eval/episode", np.concatenate(chosen, 1), frames, dataformats="HWC")
+
+    def hparams(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Show the config and the final metrics in TensorBoard's HPARAMS tab, in the run itself."""
+        for summary in hparams(dict(config), {f"final/{k}": v for k, v in metrics.items()}):
+            self._writer.file_writer.add_summary(summary)
+        for tag, value in metrics.items():
+            self._writer.add_scalar(f"final/{tag}", value)
+
+    def close(self) -> None:
+        self._writer.close()
+        self._file.close()

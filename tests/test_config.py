@@ -1,0 +1,295 @@
+"""The config: every mistake is one line that names the fix; what is built is frozen and survives a file."""
+
+import ast
+import dataclasses
+import inspect
+import io
+import tokenize
+from pathlib import Path
+
+import pytest
+import yaml
+
+from loopwm import config as config_module
+from loopwm.config import (
+    CONFIG_DIR,
+    Config,
+    ConfigError,
+    DynamicsConfig,
+    EncoderConfig,
+    PlannerConfig,
+    ReplayConfig,
+    TaskConfig,
+    flatten,
+    load_config,
+    read_config,
+    save_config,
+    to_dict,
+)
+
+GROUP_OPTIONS = [(file.parent.name, file.stem) for file in sorted(CONFIG_DIR.glob("*/*.yaml"))]
+
+MISTAKES = [
+    # the words on the command line, and what the one line of error must contain
+    (["sed=1"], "seed"),
+    (["dynamics.mean_lops=4"], "dynamics.mean_loops"),
+    (["agent.lerning_rate=1e-3"], "agent.learning_rate"),
+    (["replay.size=5"], "replay."),
+    (["mean_loops=4"], "dynamics.mean_loops"),
+    (["hidden_dim=4"], "encoder.hidden_dim or dynamics.hidden_dim"),
+    (["--seed=1"], "mean seed"),
+    (["+seed=1"], "mean seed"),
+    (["dynamic=looped"], "mean dynamics"),
+    (["replay=5"], "replay.capacity"),
+    (["dynamics.mean_loops.x=5"], "dynamics.mean_loops"),
+    (["dynamics=loopd"], "mean looped"),
+    (["dynamics=../task/dmc"], "valid: looped, single_pass, stacked, wide"),
+    (["dynamics="], "valid: looped"),
+    (["agent=planer"], "mean planner"),
+    (["size=lrge"], "mean large"),
+    (["dynamics.name=widee"], "mean wide"),
+    (["dynamics.depth_sampler=poison"], "mean poisson"),
+    (["dynamics.mode=certifed"], "mean certified"),
+    (["dynamics.injection=zho"], "mean zoh"),
+    (["seed=abc"], "seed='abc': must be a whole number"),
+    (["seed="], "whole number"),
+    (["seed=true"], "whole number"),
+    (["seed=-1"], "seed=-1"),
+    (["frames=1.5"], "frames='1.5': must be a whole number"),
+    (["frames=1e999"], "whole number"),
+    (["frames=nan"], "whole number"),
+    (["resume=maybe"], "true or false"),
+    (["resume=1"], "true or false"),
+    (["agent.learning_rate=fast"], "agent.learning_rate='fast': must be a number"),
+    (["agent.learning_rate=nan"], "must be a number"),
+    (["agent.learning_rate=inf"], "must be a number"),
+    (["device=gpu"], "auto, cpu, cuda or cuda:N"),
+    (["frames=0"], "at least 1"),
+    (["frames=-5"], "at least 1"),
+    (["num_envs=0"], "at least 1"),
+    (["eval_every=0"], "at least 1"),
+    (["video_every=-1"], "at least 0"),
+    (["agent.batch_size=0"], "at least 1"),
+    (["agent.learning_rate=0"], "above 0"),
+    (["agent.discount=1"], "between 0 and 1"),
+    (["agent.tau=1.1"], "between 0 and 1"),
+    (["dynamics.gamma=1"], "between 0 and 1"),
+    (["dynamics.gamma=0"], "between 0 and 1"),
+    (["dynamics.halt_tolerance=-0.1"], "at least 0"),
+    (["replay.capacity=0"], "at least 1"),
+    (["dynamics.mean_loops=9"], "at most dynamics.max_loops=8"),
+    (["dynamics.min_loops=9"], "at most dynamics.max_loops=8"),
+    (["dynamics.max_loops=3"], "dynamics.mean_loops=4"),
+    (["seed"], "seed=..."),
+    (["sede"], "seed=..."),
+    ([""], "KEY=VALUE"),
+    (["=1"], "unknown key"),
+    (["two\nlines=1"], "unknown key"),
+    (["task=mujoco/Hopper-v5"], "dmc, gym"),
+    (["task=cartpole-swingup"], "dmc, gym"),
+    (["task="], "dmc, gym"),
+    (["task=dmc/"], "dmc/<domain>-<task>"),
+    (["task=dmc/cartpole"], "dmc/<domain>-<task>"),
+    (["task=gym/"], "gym/<Gymnasium id>"),
+    (["task.id=gym/Hopper-v5"], "task=SUITE/ID"),
+    (["task.suite=dm"], "mean dmc"),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), MISTAKES, ids=lambda value: str(value)[:40])
+def test_a_mistake_is_one_line_that_names_the_fix(words: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(words)
+    assert expected in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_defaults_are_those_of_the_dataclasses() -> None:
+    cfg = load_config([])
+    assert cfg == Config(task=TaskConfig(suite="dmc", id="dmc/cartpole-swingup"))
+    assert load_config(["size=base"]) == cfg
+
+
+@pytest.mark.parametrize(("group", "option"), GROUP_OPTIONS)
+def test_every_group_option_builds(group: str, option: str) -> None:
+    cfg = load_config([f"{group}={option}"])
+    part = getattr(cfg, group, None)  # size is a group without a section
+    assert part is None or option in (getattr(part, "name", None), getattr(part, "suite", None))
+
+
+@pytest.mark.parametrize(
+    ("word", "suite", "task_id"),
+    [
+        ("task=dmc/walker-walk", "dmc", "dmc/walker-walk"),
+        ("task=dmc/ball_in_cup-catch", "dmc", "dmc/ball_in_cup-catch"),
+        ("task=gym/CartPole-v1", "gym", "gym/CartPole-v1"),
+        ("task=gym/ALE/Pong-v5", "gym", "gym/ALE/Pong-v5"),
+    ],
+)
+def test_task_names_any_environment(word: str, suite: str, task_id: str) -> None:
+    task = load_config([word]).task
+    assert (task.suite, task.id) == (suite, task_id)
+
+
+def test_values_of_the_command_line_get_their_types() -> None:
+    words = ["task=dmc/cartpole-swingup", "agent=planner", "dynamics=looped", "seed=3", "frames=1e5"]
+    words += ["run_dir=runs/x", "resume=true", "num_envs=2", "eval_every=5_000", "dynamics.mean_loops=4.0"]
+    cfg = load_config([*words, "agent.horizon=5", "agent.learning_rate=1e-3"])
+    assert (cfg.seed, cfg.frames, cfg.run_dir, cfg.resume, cfg.num_envs) == (3, 100_000, "runs/x", True, 2)
+    assert (cfg.eval_every, cfg.dynamics.mean_loops, cfg.agent.learning_rate) == (5000, 4, 1e-3)
+    assert all(type(value) is int for value in (cfg.frames, cfg.dynamics.mean_loops, cfg.agent.horizon))
+
+
+@pytest.mark.parametrize("text", ["a b", "a=b", "${HOME}", "{x: 1}", "[1]", "'q'", "true", "12", ""])
+def test_text_is_taken_as_it_is(text: str, tmp_path: Path) -> None:
+    cfg = load_config([f"run_dir={text}"])
+    assert cfg.run_dir == text
+    save_config(cfg, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == cfg
+
+
+def test_a_value_wins_over_a_group_and_the_last_word_wins() -> None:
+    cfg = load_config(["dynamics.hidden_dim=7", "size=large", "seed=1", "size=small", "seed=2"])
+    assert (cfg.dynamics.hidden_dim, cfg.encoder.latent_dim, cfg.seed) == (7, 32, 2)
+
+
+def test_frozen() -> None:
+    cfg = load_config([])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.seed = 1
+    for section in (cfg.task, cfg.encoder, cfg.dynamics, cfg.agent, cfg.replay):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(section, dataclasses.fields(section)[0].name, "x")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DynamicsConfig(mean_loops=9),
+        lambda: DynamicsConfig(gamma=1.0),
+        lambda: PlannerConfig(batch_size=0),
+        lambda: EncoderConfig(layers="two"),
+        lambda: ReplayConfig(capacity=True),
+        lambda: dataclasses.replace(load_config([]), frames=0),
+        lambda: Config(task="dmc/cartpole-swingup"),
+    ],
+)
+def test_made_in_code_it_is_checked_too(make) -> None:
+    with pytest.raises(ConfigError):
+        make()
+
+
+def test_saved_and_read_back_it_is_equal(tmp_path: Path) -> None:
+    cfg = load_config(
+        ["task=gym/CartPole-v1", "dynamics=wide", "size=large", "agent.learning_rate=1e-05", "resume=true"]
+    )
+    path = tmp_path / "new" / "config.yaml"
+    save_config(cfg, path)
+    assert read_config(path) == cfg
+    assert [file.name for file in path.parent.iterdir()] == ["config.yaml"]  # the draft is gone
+    assert yaml.safe_load(path.read_text()) == to_dict(cfg)
+
+
+def test_a_saved_config_may_lack_fields_that_were_added_later(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("task: {suite: dmc, id: dmc/walker-walk}\nframes: 1e5\n")
+    assert read_config(path).agent == PlannerConfig()
+    assert read_config(path).frames == 100_000
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda tree: tree.update(sed=1), "seed"),
+        (lambda tree: tree["dynamics"].update(mean_lops=1), "dynamics.mean_loops"),
+        (lambda tree: tree.update({3: 1}), "unknown key"),
+        (lambda tree: tree.update(seed="abc"), "whole number"),
+        (lambda tree: tree.update(seed=None), "whole number"),
+        (lambda tree: tree.update(seed=[1]), "whole number"),
+        (lambda tree: tree.update(resume=1), "true or false"),
+        (lambda tree: tree.update(run_dir=3), "text"),
+        (lambda tree: tree["agent"].update(learning_rate=True), "number"),
+        (lambda tree: tree["dynamics"].update(mean_loops=9), "dynamics.max_loops"),
+        (lambda tree: tree["dynamics"].update(name="loopd"), "looped"),
+        (lambda tree: tree.update(dynamics="looped"), "dynamics must be a mapping"),
+        (lambda tree: tree["task"].pop("id"), "task.id is missing"),
+        (lambda tree: tree.pop("task"), "task is missing"),
+        (lambda tree: tree.clear(), "task is missing"),
+    ],
+)
+def test_a_broken_saved_config_is_one_line(change, expected: str, tmp_path: Path) -> None:
+    tree = to_dict(load_config([]))
+    change(tree)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    _assert_unreadable(path, expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"seed: [1", "not valid yaml at line"),
+        (b"", "mapping"),
+        (b"- 1", "mapping"),
+        (b"seed: 2026-13-45", "not valid yaml"),
+        (b"seed: !!python/object/apply:os.getcwd []", "not valid yaml"),
+        (b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_config_is_one_line(content: bytes, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    _assert_unreadable(path, expected)
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    _assert_unreadable(tmp_path / "config.yaml", "No such file")
+
+
+def _assert_unreadable(path: Path, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_config(path)
+    message = str(caught.value)
+    assert expected in message
+    assert message.startswith(str(path)) and len(message.splitlines()) == 1
+
+
+def test_flatten_gives_scalars_by_dotted_keys() -> None:
+    cfg = load_config(["dynamics.mean_loops=3"])
+    flat = flatten(cfg)
+    assert (
+        flat["dynamics.mean_loops"] == 3 and flat["seed"] == 0 and flat["task.id"] == "dmc/cartpole-swingup"
+    )
+    assert all(isinstance(value, bool | int | float | str) for value in flat.values())
+    assert load_config([f"{key}={value}" for key, value in flat.items()]) == cfg
+
+
+def test_loading_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    load_config(["seed=1"])
+    assert Path.cwd() == tmp_path and not list(tmp_path.iterdir())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_every_field_says_what_it_means() -> None:
+    source = inspect.getsource(config_module)
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    code_lines = {node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)}
+    seen = 0
+    for cls in ast.walk(ast.parse(source)):
+        if not (isinstance(cls, ast.ClassDef) and any(ast.unparse(base) == "Section" for base in cls.bases)):
+            continue
+        for node in cls.body:
+            if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation):
+                above = node.lineno - 1  # a comment on a line of its own counts for the field under it
+                text = (
+                    comments.get(node.end_lineno) or (above not in code_lines and comments.get(above)) or ""
+                )
+                assert len(text) > 5, f"{cls.name}.{ast.unparse(node.target)} has no comment"
+                seen += 1
+    sections = (TaskConfig, EncoderConfig, DynamicsConfig, PlannerConfig, ReplayConfig, Config)
+    assert seen == sum(len(dataclasses.fields(section)) for section in sections)
