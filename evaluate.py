@@ -14,25 +14,29 @@ from envs import RenderingUnavailable, TaskError, make_vector_env
 from loopwm.config import ConfigError
 from loopwm.training.checkpoint import CheckpointError
 from loopwm.training.rollout import rollout
-from loopwm.training.video import record_episode, save_video
+from loopwm.training.video import VideoError, film_episode
 
-USER_ERRORS = (ConfigError, TaskError, CheckpointError)
+USER_ERRORS = (ConfigError, TaskError, CheckpointError, RenderingUnavailable, OSError)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    def count(text: str) -> int:
-        if not text.isdigit() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    def at_least(least: int, text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
         return int(text)
 
+    count, whole = functools.partial(at_least, 1), functools.partial(at_least, 0)
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", type=Path, help="what train.py wrote")
     parser.add_argument("--episodes", type=count, default=10)
-    parser.add_argument("--loops", type=count, help="loops in each prediction while planning (default: the run's)")
-    parser.add_argument("--samples", type=int, help="action sequences in a plan; 0: the policy alone acts")
-    parser.add_argument("--seed", type=int, default=2**34, help="of the episodes")
+    parser.add_argument(
+        "--loops", type=count, help="loops in each prediction while planning (default: the run's)"
+    )
+    parser.add_argument("--samples", type=whole, help="action sequences in a plan; 0: the policy alone acts")
+    parser.add_argument("--seed", type=whole, default=2**34, help="of the episodes")
     parser.add_argument("--video", type=Path, metavar="FILE.mp4", help="film the first episode")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a line")
+    parser.error = lambda message: parser.exit(2, f"evaluate.py: {message}\n")  # one line, without the usage
     return parser.parse_args(arguments)
 
 
@@ -58,14 +62,14 @@ def main(arguments: list[str]) -> int:
         "loops": args.loops or cfg.agent.plan_loops or "adaptive",
     }
     line = f"{summary['task']}  return {summary['eval_return_mean']:.2f} +- {summary['eval_return_std']:.2f}"
-    print(json.dumps(summary) if args.json else f"{line}  ({args.episodes} episodes, {frames:,} frames trained)")
+    print(
+        json.dumps(summary) if args.json else f"{line}  ({args.episodes} episodes, {frames:,} frames trained)"
+    )
     if args.video:
         try:
-            venv = make(1, render=True)
-            images, _ = record_episode(agent, venv, args.seed)
-            save_video(args.video, images, venv.metadata.get("render_fps", 30))
-        except RenderingUnavailable as error:
-            print(f"evaluate.py: no video: {error}", file=sys.stderr)
+            film_episode(agent, functools.partial(make, 1, render=True), args.seed, args.video)
+        except VideoError as error:
+            print(f"evaluate.py: {error}", file=sys.stderr)
             return 2
     return 0
 

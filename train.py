@@ -1,46 +1,50 @@
 """Train an agent: ``python train.py task=dmc/cartpole-swingup dynamics.mean_loops=4 run_dir=runs/x``.
 
-The training loop is ``loopwm.training.trainer.Trainer.run``, the gradient step ``agents.planner.PlannerAgent.update``,
-the loop of loops ``loopwm.dynamics.looped.LoopedDynamics``. Every setting stands in ``loopwm/config.py``.
+The training loop is ``Trainer.run`` in loopwm/training/trainer.py, the gradient step ``PlannerAgent.update``
+in agents/planner.py, the loop of loops ``LoopedDynamics`` in loopwm/dynamics/looped.py; every setting stands
+in loopwm/config.py.
 """
 
 import functools
+import shlex
 import sys
 from pathlib import Path
 
 import torch
 
+import envs
 from agents import make_agent, resolve_device
-from envs import TaskError, make_vector_env, resolve_action_repeat, restore_vector_env, space_dims, vector_env_state
-from loopwm.config import Config, ConfigError, load_config
+from loopwm.config import Config, ConfigError, load_config, save_config
 from loopwm.training.checkpoint import CheckpointError
+from loopwm.training.random_state import seed_random
 from loopwm.training.replay import Replay
 from loopwm.training.run_dir import describe, open_run
 from loopwm.training.trainer import Schedule, Trainer
 
-USER_ERRORS = (ConfigError, TaskError, CheckpointError)
+# OSError: a disk that is full or read-only, a file that cannot be opened; its text names it.
+USER_ERRORS = (ConfigError, CheckpointError, envs.TaskError, envs.RenderingUnavailable, OSError)
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 
 def build(cfg: Config, run_dir: Path) -> Trainer:
     """Environments, agent, replay and trainer of one run."""
-    task, repeat = cfg.task.id, resolve_action_repeat(cfg.task.id, cfg.task.action_repeat)
-    make = functools.partial(make_vector_env, task, action_repeat=repeat)
+    task, repeat = cfg.task.id, envs.resolve_action_repeat(cfg.task.id, cfg.task.action_repeat)
+    device = resolve_device(cfg.device)
+    seed_random(cfg.seed)
+    make = functools.partial(envs.make_vector_env, task, action_repeat=repeat)
     venv = make(cfg.num_envs, seed=cfg.seed, workers=cfg.workers)
-    obs_dim, action_dim, discrete = space_dims(venv)
-    schedule = Schedule(
-        cfg.frames, cfg.eval_every, cfg.eval_episodes, cfg.log_every, cfg.checkpoint_every, cfg.video_every, repeat
-    )
+    obs_dim, action_dim, discrete = envs.space_dims(venv)
+    lengths = ("frames", "eval_every", "eval_episodes", "log_every", "checkpoint_every", "video_every")
     return Trainer(
-        make_agent(cfg, obs_dim, action_dim, discrete, resolve_device(cfg.device)),
+        make_agent(cfg, obs_dim, action_dim, discrete, device),
         venv,
         make(min(cfg.eval_episodes, 10)),
         Replay(cfg.replay.capacity, cfg.num_envs, obs_dim, action_dim, seed=cfg.seed, path=cfg.replay.path),
         run_dir,
-        schedule,
+        Schedule(*(getattr(cfg, name) for name in lengths), action_repeat=repeat),
         seed=cfg.seed,
-        save_env=vector_env_state,
-        restore_env=restore_vector_env,
+        save_env=envs.vector_env_state,
+        restore_env=envs.restore_vector_env,
         make_video_env=functools.partial(make, 1, render=True),
         summary=describe(cfg),
     )
@@ -50,18 +54,24 @@ def main(arguments: list[str]) -> int:
     """Exit code: 0 trained to the end, 2 something to correct, 130 interrupted (resume=true goes on)."""
     try:
         cfg = load_config(arguments)
-        if cfg.threads:
-            torch.set_num_threads(cfg.threads)
+        torch.set_num_threads(cfg.threads or torch.get_num_threads())
         run_dir, lock = open_run(cfg)
         with lock:
-            result = build(cfg, run_dir).run()
+            trainer = build(cfg, run_dir)
+            save_config(cfg, run_dir / "config.yaml")
+            result = trainer.run()
     except USER_ERRORS as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    print(f"evaluation   {result['eval_return_mean']} +- {result['eval_return_std']} at {result['frames']:,} frames")
+    except KeyboardInterrupt:
+        print("train.py: stopped at once; resume=true goes on from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    if result["eval_return_mean"] is not None:
+        print(f"evaluation   {result['eval_return_mean']:.2f} +- {result['eval_return_std']:.2f}")
     print(f"run          {run_dir}\ncurves       tensorboard --logdir {run_dir.parent}")
     if not result["finished"]:
-        print(f"interrupted; to go on: python train.py {' '.join(arguments)} run_dir={run_dir} resume=true")
+        again = shlex.join([*arguments, f"run_dir={run_dir}", "resume=true"])
+        print(f"interrupted at {result['frames']:,} frames; to go on: python train.py {again}")
         return INTERRUPTED
     return 0
 

@@ -67,12 +67,22 @@ class PlannerAgent:
         self._noise: Tensor | None = None  # (N, A) exploration noise, correlated in time
         self._plan: Tensor | None = None  # (H, N, A) the previous plan
 
+    def encode(self, obs: Tensor) -> Tensor:
+        """obs (..., O) -> z (..., Z) by the slow copy of the encoder.
+
+        Its latents are what the world model learns to predict, and what value, policy and planner see: they move
+        slowly under the value's feet (MR.Q, 2501.16142, holds its encoder fixed between target updates).
+        """
+        return self.encoder_target(obs)
+
     # ---- acting -------------------------------------------------------------------------------------------------
 
     @property
     def budget(self) -> PlanBudget:
         c = self.config
-        return PlanBudget(c.plan_samples, c.plan_iterations, c.plan_horizon)
+        policy_samples = max(1, c.plan_samples // 4)
+        elites = max(1, c.plan_samples // 5)
+        return PlanBudget(c.plan_samples, c.plan_iterations, c.plan_horizon, policy_samples, elites)
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, *, first: np.ndarray | None = None, explore: bool = False) -> np.ndarray:
@@ -81,8 +91,8 @@ class PlannerAgent:
         if explore:
             self.acted += envs
             if self.acted <= self.config.seed_steps:
-                return self._to_env(self._explore(torch.zeros(envs, self.action_dim), first, 1.0))
-        z = self.world_model.encode(torch.as_tensor(obs, device=self.device))  # (N, Z)
+                return self._to_env(self._explore(torch.zeros(envs, self.action_dim, device=self.device), first, 1.0))
+        z = self.encode(torch.as_tensor(obs, device=self.device))  # (N, Z)
         if self.config.plan_samples > 0 and (self.config.plan_collect or not explore):
             action = self.plan(z, first)
         else:
@@ -147,7 +157,8 @@ class PlannerAgent:
         else:
             self._noise = rho * self._noise + (1.0 - rho * rho) ** 0.5 * fresh
             if first is not None and first.any():
-                self._noise = torch.where(torch.as_tensor(first).unsqueeze(1), fresh, self._noise)
+                fresh_rows = torch.as_tensor(first, device=self.device).unsqueeze(1)
+                self._noise = torch.where(fresh_rows, fresh, self._noise)
         return (action + std * self._noise).clamp(-1.0, 1.0)
 
     def _to_env(self, action: Tensor) -> np.ndarray:
@@ -170,7 +181,7 @@ class PlannerAgent:
     def learn(self, replay: Any, agent_steps: int) -> dict[str, float] | None:
         """Do the updates that are due: ``update_ratio`` for each agent step since the seed phase began."""
         c = self.config
-        if agent_steps < c.seed_steps:
+        if agent_steps < c.seed_steps or len(replay) < 2:
             return None
         due = int(agent_steps * c.update_ratio)
         metrics = None
@@ -192,8 +203,8 @@ class PlannerAgent:
             )
         n = c.n_step
         with torch.no_grad():
-            z = self.world_model.encode(obs[0])  # (B, Z)
-            z_end = self.world_model.encode(obs[n])  # (B, Z); the last row of shorter sequences, by padding
+            z = self.encode(obs[0])  # (B, Z)
+            z_end = self.encode(obs[n])  # (B, Z); the last row of shorter sequences, by padding
             target = self._value_target(z_end, reward[:n], terminated[:n], mask[:n])  # (B,)
         metrics |= self._update_value(z, action[0], target)
         if self.updates % c.policy_every == 0:
@@ -209,7 +220,7 @@ class PlannerAgent:
         """obs (H + 1, B, O), action (H, B, A), the rest (H, B)."""
         c, model = self.config, self.world_model
         with torch.no_grad():
-            z_target = self.encoder_target(obs[1:])  # (H, B, Z)
+            z_target = self.encode(obs[1:])  # (H, B, Z)
         depth = model.dynamics.sample_depth(obs.shape[1], self.depth_generator)
         with model.frozen():
             rollout = model.rollout(model.encode(obs[0]), action, depth)
@@ -242,10 +253,10 @@ class PlannerAgent:
         return {"loss/value": loss.detach(), "loss/value_gradient": norm, "train/value_target": target.mean()}
 
     def _update_policy(self, z: Tensor) -> dict[str, Tensor]:
-        """Follow dQ/da (deterministic policy gradient); a small penalty keeps the policy off its saturation."""
+        """Follow dQ1/da (TD3, 1802.09477); a small penalty keeps the policy off its saturation."""
         action, raw = self.policy(z)
         self.value.requires_grad_(False)
-        value = self.value.values(z, action).mean(0)  # (B,)
+        value = self.value.first_value(z, action)  # (B,)
         scale = value.detach().abs().mean().clamp_min(1e-3)
         loss = -value.mean() / scale + self.config.policy_penalty * raw.square().mean()
         self.policy_optimizer.zero_grad()
@@ -261,7 +272,7 @@ class PlannerAgent:
     def diagnostics(self, replay: Any) -> dict[str, float]:
         """See ``Agent.diagnostics``: what the loop does on a batch of real transitions."""
         batch = replay.sample(256, 1, rng=np.random.default_rng(self.updates))
-        z = self.world_model.encode(torch.as_tensor(batch.obs[0], device=self.device))
+        z = self.encode(torch.as_tensor(batch.obs[0], device=self.device))
         action = torch.as_tensor(batch.action[0], device=self.device)
         dynamics = self.world_model.dynamics
         adaptive, trained = dynamics(z, action), dynamics(z, action, dynamics.mean_loops)

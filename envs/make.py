@@ -3,6 +3,8 @@
 import difflib
 import functools
 import importlib
+import signal
+import threading
 from dataclasses import dataclass
 
 import gymnasium
@@ -128,4 +130,12 @@ class _SyncVectorEnv(_OneSeed, SyncVectorEnv):
 
 
 class _AsyncVectorEnv(_OneSeed, AsyncVectorEnv):
-    pass
+    def __init__(self, *args, **kwargs):
+        # A terminal sends Ctrl-C to the workers too; they inherit that it is ignored, and are ended by us.
+        here = threading.current_thread() is threading.main_thread()  # elsewhere signals cannot be set
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if here else None
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            if here:
+                signal.signal(signal.SIGINT, before)

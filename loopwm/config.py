@@ -133,7 +133,7 @@ class EncoderConfig(Section):
 
     SECTION: ClassVar[str] = "encoder"
     name: Annotated[str, OneOf(("mlp",))] = "mlp"  # which encoder
-    latent_dim: Count = 64  # Z, width of the latent z, units
+    latent_dim: Annotated[int, Within(2)] = 64  # Z, width of the latent z, units
     hidden_dim: Count = 128  # width of a hidden layer, units
     layers: Count = 2  # layers from the observation to z, count
 
@@ -154,7 +154,7 @@ class DynamicsConfig(Section):
     mode: LoopMode = "certified"  # certified: the loop contracts; linear: as published, no guarantee
     gamma: Fraction = 0.95  # share of the contraction margin the certified block may use, in (0, 1)
     injection: Injection = "zoh"  # how the prelude enters each loop
-    halt_tolerance: NonNegative = 0.01  # |h'-h|/|h| at which a sample stops looping when acting, no unit
+    halt_tolerance: Positive = 0.01  # |h'-h|/|h| at which a sample stops looping when acting, no unit
 
     def check(self) -> None:
         """min_loops and mean_loops lie within max_loops."""
@@ -174,12 +174,12 @@ class PlannerConfig(Section):
     value_dim: Count = 128  # width of a hidden layer of a value network, units
     head_dim: Count = 64  # width of the hidden layer of the reward head, units; the continuation head has half
     horizon: Count = 3  # H, how far the model is unrolled in training, agent steps
-    batch_size: Count = 256  # B, subsequences in one update of value and policy, count
+    batch_size: Count = 128  # B, subsequences in one update of value and policy, count
     model_batch_size: Count = 64  # how many of them train the world model, count
-    model_every: Count = 1  # updates of value and policy for one of the world model, count
-    policy_every: Count = 1  # updates of the value for one of the policy (TD3's delay), count
-    update_ratio: Positive = 0.5  # gradient updates for one agent step, count
-    learning_rate: Positive = 5e-4  # Adam's step size, no unit
+    model_every: Count = 4  # updates of value and policy for one of the world model, count
+    policy_every: Count = 2  # updates of the value for one of the policy (TD3's delay), count
+    update_ratio: Positive = 0.65  # gradient updates for one agent step, count
+    learning_rate: Positive = 1e-3  # Adam's step size, no unit
     clip_norm: Positive = 20.0  # largest norm of a gradient, no unit
     discount: Fraction = 0.99  # worth of the next agent step's return, no unit, in (0, 1)
     n_step: Count = 5  # rewards summed before the value target bootstraps, agent steps
@@ -188,14 +188,14 @@ class PlannerConfig(Section):
     consistency_weight: NonNegative = 1.0  # weight of the latent consistency loss, no unit
     reward_weight: NonNegative = 0.2  # weight of the reward loss, no unit
     continuation_weight: NonNegative = 0.2  # weight of the continuation loss, no unit
-    policy_penalty: NonNegative = 1e-4  # weight of the squared pre-activations of the policy, no unit
+    policy_penalty: NonNegative = 1e-3  # weight of the squared pre-activations of the policy, no unit
     smooth_std: NonNegative = 0.2  # spread of the noise on target actions, action units (discrete: probability)
     smooth_clip: NonNegative = 0.3  # largest noise on target actions, action units
     seed_steps: Whole = 1000  # random actions before learning starts, agent steps
-    explore_std: NonNegative = 0.4  # first spread of the exploration noise, action units (discrete: probability)
-    explore_std_final: NonNegative = 0.15  # its last spread, action units
+    explore_std: NonNegative = 0.2  # first spread of the exploration noise, action units (discrete: probability)
+    explore_std_final: NonNegative = 0.2  # its last spread, action units
     explore_decay_steps: Whole = 15_000  # agent steps from the first to the last spread
-    explore_correlation: Share = 0.6  # correlation of the noise from step to step, in [0, 1]
+    explore_correlation: Share = 0.0  # correlation of the noise from step to step, in [0, 1]
     plan_samples: Whole = 64  # action sequences per planning iteration, count; 0: the policy acts alone
     plan_iterations: Count = 2  # refinements of the plan for one action, count
     plan_horizon: Count = 3  # how far a plan looks ahead, agent steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -59,8 +60,16 @@ class Dynamics(Protocol):
         """A training depth for each of ``batch`` sequences."""
         ...
 
+    def frozen(self) -> AbstractContextManager[None]:
+        """A context in which the parameters do not change, so that what depends on them alone is computed once."""
+        ...
+
     def lipschitz_bound(self) -> float:
-        """Upper bound on the contraction factor of one loop; inf where none is certified."""
+        """Upper bound on the contraction factor of one loop; inf where nothing is looped."""
+        ...
+
+    def measured_contraction(self, z: Tensor, action: Tensor, loops: int | None = None) -> float:
+        """Largest ratio of successive steps seen on a batch; nan where nothing is looped."""
         ...
 
 

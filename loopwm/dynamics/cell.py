@@ -75,6 +75,10 @@ class LoopCell(nn.Module):
         # The floor keeps Abar below one in float32: exp(-x) rounds to 1 for x under 6e-8.
         return torch.exp(-torch.exp(self.log_rate + self.log_dt).clamp_min(1e-4))
 
+    def _inverse_rate(self) -> Tensor:
+        """1 / -A, (D,), kept finite where A vanishes."""
+        return torch.exp(-self.log_rate.clamp_min(-10.0))
+
     def block_scale(self, decay: Tensor) -> Tensor | float:
         """g, the factor on the block that leaves the certificate its room."""
         if self.mode != "certified":
@@ -84,7 +88,7 @@ class LoopCell(nn.Module):
     def input_scale(self, decay: Tensor) -> Tensor | float:
         """Bbar, (D,)."""
         if self.injection == "zoh":
-            return (1.0 - decay) * torch.exp(-self.log_rate) * self.input_gain
+            return (1.0 - decay) * self._inverse_rate() * self.input_gain
         if self.injection == "euler":
             return torch.exp(self.log_dt) * self.input_gain
         return 1.0
@@ -98,11 +102,11 @@ class LoopCell(nn.Module):
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Inside, the parameters do not change: normalise and fold them once, not once per prediction."""
-        self._folded = self.fold()
+        before, self._folded = self._folded, self.fold()
         try:
             yield
         finally:
-            self._folded = None
+            self._folded = before
 
     def prepare(self, e: Tensor) -> PreparedLoop:
         """Do everything that does not depend on h, once per prediction: e (B, D)."""
@@ -112,9 +116,10 @@ class LoopCell(nn.Module):
 
     @torch.no_grad()
     def lipschitz_bound(self) -> float:
-        """Upper bound on |dh'/dh| by exact singular values in float64; inf in mode ``linear`` only if it exceeds floats.
+        """Upper bound on |dh'/dh|, by exact singular values in float64.
 
-        In mode ``certified`` it is below one at every moment of training.
+        In mode ``certified`` it is below one at every moment of training; in mode ``linear`` it is as true, and
+        may be any number.
         """
         decay = self.decay().double().max()
         read, write = (torch.linalg.matrix_norm(m.weight.double(), 2) for m in (self.read, self.write))

@@ -28,13 +28,15 @@ class StackedDynamics(nn.Module):
         *,
         block_dim: int | None = None,
         prelude_layers: int = 1,
-        mode: str = "linear",
+        mode: str = "certified",
         gamma: float = 0.95,
         injection: str = "zoh",
         activation: str = "relu",
         latent_norm: nn.Module | None = None,
-        **_: object,  # depth sampling and halting mean nothing here; the interface is the loop's
-    ):
+        min_loops: int = 1,
+        depth_sampler: str = "fixed",
+        halt_tolerance: float = 0.01,
+    ):  # depths and halting mean nothing here; the arguments are the loop's, so that one word swaps them
         super().__init__()
         self.state_dim, self.mean_loops, self.max_loops = hidden_dim, mean_loops, mean_loops
         self.prelude = Prelude(latent_dim, action_dim, hidden_dim, prelude_layers)
@@ -71,8 +73,8 @@ class StackedDynamics(nn.Module):
         return self.mean_loops
 
     def lipschitz_bound(self) -> float:
-        """Largest bound of a layer; a stack has no fixed point, so it certifies nothing about convergence."""
-        return max(cell.lipschitz_bound() for cell in self.cells)
+        """Infinite: what is applied once has no fixed point to converge to."""
+        return float("inf")
 
     def measured_contraction(self, z: Tensor, action: Tensor, loops: int | None = None) -> float:
         """Not a number: successive layers are different maps."""

@@ -20,7 +20,7 @@ class DepthSchedule:
     """
 
     def __init__(self, depth: Tensor):
-        if depth.ndim != 1 or depth.numel() == 0 or depth.is_floating_point():
+        if depth.ndim != 1 or depth.numel() == 0 or depth.is_floating_point() or depth.dtype == torch.bool:
             raise ValueError(f"depth must be a (B,) tensor of integers, got {tuple(depth.shape)} {depth.dtype}")
         values = depth.cpu()
         if int(values.min()) < 1:

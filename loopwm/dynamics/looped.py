@@ -81,6 +81,8 @@ class LoopedDynamics(nn.Module):
             h, loops, residual = self._loop_adaptive(loop, h)
         elif isinstance(depth, int):
             h, loops, residual = self._loop_exact(loop, h, depth)
+        elif not isinstance(depth, (torch.Tensor, DepthSchedule)):
+            raise ValueError(f"depth must be an int, a (B,) integer tensor, a DepthSchedule or None, got {depth!r}")
         else:
             schedule = depth if isinstance(depth, DepthSchedule) else DepthSchedule(depth)
             if len(schedule) != z.shape[0]:

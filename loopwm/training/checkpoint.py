@@ -1,17 +1,19 @@
 """Checkpoints: written whole or not at all, the last two kept, loaded without running anyone's code.
 
-    checkpoints/
-      00005000/state.pt      everything but the replay; its name is the env frame
-      00010000/state.pt
-      replay/0-2500.npz      rows [0, 2500) of every stream; a row is written once and shared by the checkpoints
-      replay/2500-5000.npz
+checkpoints/
+  00005000/state.pt      everything but the replay; its name is the env frame
+  00010000/state.pt
+  replay/0-2500.npz      rows [0, 2500) of every stream; a row is written once and shared by the checkpoints
+  replay/2500-5000.npz
 """
 
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,15 +33,17 @@ def lock_run(run_dir: Path) -> IO[str]:
     """Hold a run directory until the returned file is closed or the process ends.
 
     Raises:
-        CheckpointError: another process holds it.
+        CheckpointError: another process holds it. OSError: it cannot be written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     handle = (run_dir / ".lock").open("a+")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         handle.close()
-        raise CheckpointError(f"{run_dir} is in use by another process; stop it or choose another run_dir") from None
+        raise CheckpointError(
+            f"{run_dir} is in use by another process; stop it or choose another run_dir"
+        ) from None
     return handle
 
 
@@ -49,91 +53,149 @@ class Checkpoints:
     def __init__(self, run_dir: Path):
         self.folder = run_dir / "checkpoints"
         self._replay = self.folder / "replay"
+        self._rows = (
+            0  # rows of a stream that the chunks on disk hold, of the run as this process goes on with it
+        )
 
     def frames(self) -> list[int]:
         """Env frames of the complete checkpoints, oldest first."""
         found = (p.parent.name for p in self.folder.glob("*/state.pt"))
         return sorted(int(name) for name in found if name.isdigit())
 
+    # ---- writing ------------------------------------------------------------------------------------------
+
     def save(self, frames: int, state: dict[str, Any], replay: Replay) -> None:
-        """Write a checkpoint of ``state`` (tensors, numbers, strings, lists, dicts) and the replay's new rows."""
+        """Write ``state`` (tensors, numbers, strings, lists, dicts) and the replay's new rows.
+
+        Raises:
+            OSError: it cannot be written (disk full); the earlier checkpoints are as they were.
+        """
         self._replay.mkdir(parents=True, exist_ok=True)
+        self._drop_drafts()
+        before = self._rows
         self._save_replay(replay)
-        draft = self.folder / f".{frames:08d}.tmp"
-        shutil.rmtree(draft, ignore_errors=True)
+        draft, final = self.folder / f".{frames:08d}.tmp", self.folder / f"{frames:08d}"
         draft.mkdir()
         state = {**state, "replay": {"total": replay.total, "rng": replay.rng.bit_generator.state}}
-        with (draft / "state.pt").open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        final = self.folder / f"{frames:08d}"
-        shutil.rmtree(final, ignore_errors=True)
+        buffer = io.BytesIO()  # torch.save into a file hides what the disk says
+        torch.save(state, buffer)
+        _write(draft / "state.pt", buffer.getbuffer())
+        shutil.rmtree(final, ignore_errors=True)  # there if it was unreadable, or a reset ago
         draft.rename(final)
         _sync_folder(self.folder)
-        for old in self.frames()[:-KEEP]:
-            shutil.rmtree(self.folder / f"{old:08d}")
+        self._drop_old(frames, before - replay.rows)
+
+    def _drop_drafts(self) -> None:
+        """What a kill in mid-write left."""
+        for draft in self.folder.glob(".*.tmp"):
+            shutil.rmtree(draft)
+        for draft in self._replay.glob("*.tmp"):
+            draft.unlink()
 
     def _save_replay(self, replay: Replay) -> None:
-        """Append rows that no chunk holds yet; drop chunks that the ring has overwritten."""
-        chunks = self._chunks()
-        oldest = replay.total - len(replay)
-        start = max((stop for _, stop in chunks if stop <= replay.total), default=oldest)
-        start = max(start, oldest)
+        """Append the rows that no chunk holds yet."""
+        for begin, stop in self._chunks():
+            if stop > self._rows:  # of a process that was killed before its checkpoint was whole
+                self._chunk(begin, stop).unlink()
+        start = max(self._rows, replay.total - len(replay))
         if start < replay.total:
-            final = self._replay / f"{start}-{replay.total}.npz"
+            buffer = io.BytesIO()
+            np.savez(buffer, **replay.slice(start, replay.total))
+            final = self._chunk(start, replay.total)
             draft = final.with_suffix(".tmp")
-            with draft.open("wb") as file:
-                np.savez(file, **replay.slice(start, replay.total))
-                file.flush()
-                os.fsync(file.fileno())
+            _write(draft, buffer.getbuffer())
             draft.rename(final)
-        for begin, stop in chunks:
-            # The kept older checkpoint may reach back further than the ring does now: leave it one chunk of slack.
-            if stop < oldest - (replay.total - start):
-                (self._replay / f"{begin}-{stop}.npz").unlink()
+            _sync_folder(self._replay)
+        self._rows = replay.total
+
+    def _drop_old(self, frames: int, oldest: int) -> None:
+        """Keep this checkpoint and those before it, ``KEEP`` in all, and the rows from ``oldest`` on."""
+        keep = [f for f in self.frames() if f <= frames][-KEEP:]
+        for old in set(self.frames()) - set(keep):
+            shutil.rmtree(self.folder / f"{old:08d}")
+        for begin, stop in self._chunks():
+            if stop <= oldest:
+                self._chunk(begin, stop).unlink()
+
+    def _chunk(self, begin: int, stop: int) -> Path:
+        return self._replay / f"{begin}-{stop}.npz"
 
     def _chunks(self) -> list[tuple[int, int]]:
         names = (p.stem.split("-") for p in self._replay.glob("*-*.npz"))
         return sorted((int(a), int(b)) for a, b in names)
 
-    def load(self, frames: int, replay: Replay | None = None, device: str | torch.device = "cpu") -> dict[str, Any]:
-        """Read a checkpoint's state, and fill ``replay`` if one is given.
+    # ---- reading ------------------------------------------------------------------------------------------
+
+    def load_newest(self, replay: Replay) -> dict[str, Any] | None:
+        """The newest checkpoint that can be read, its rows put into ``replay``; None where there is none.
 
         Raises:
-            CheckpointError: a file is missing or broken.
+            CheckpointError: there are checkpoints, and none can be read.
         """
+        errors = []
+        for frames in reversed(self.frames()):
+            try:
+                state = self._read(frames, "cpu", replay)
+            except CheckpointError as error:
+                errors.append(error)
+                continue
+            for error in errors:
+                print(f"warning: {error}; going on from frame {frames}", file=sys.stderr)
+            return state
+        if errors:
+            raise CheckpointError(f"{errors[0]}, nor an older one; choose another run_dir to start anew")
+        return None
+
+    def load(self, frames: int, device: str | torch.device = "cpu") -> dict[str, Any]:
+        """Read a checkpoint's state.
+
+        Raises:
+            CheckpointError: it is missing or broken.
+        """
+        try:
+            return self._read(frames, device)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; delete {self.folder / f'{frames:08d}'} to use the one before"
+            ) from None
+
+    def _read(self, frames: int, device: str | torch.device, replay: Replay | None = None) -> dict[str, Any]:
         path = self.folder / f"{frames:08d}" / "state.pt"
         try:
             state = torch.load(path, map_location=device, weights_only=True)
             if replay is not None:
                 self._load_replay(replay, state["replay"]["total"])
                 replay.rng.bit_generator.state = state["replay"]["rng"]
-        except CheckpointError:
+        except (CheckpointError, MemoryError):
             raise
-        except Exception as error:  # whatever a torn or foreign file makes the readers say, the fix is the same
+        except (
+            Exception
+        ) as error:  # whatever a torn or foreign file makes the readers say, the fix is the same
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(
-                f"{path} cannot be read ({reason[:120]}); delete {path.parent} to go on from the one before"
-            ) from None
+            raise CheckpointError(f"{path} cannot be read ({reason[:120]})") from None
         return state
 
     def _load_replay(self, replay: Replay, total: int) -> None:
-        oldest, reached = max(0, total - replay.rows), None
-        # Of two chunks with one start (a run killed and resumed) the longer is tried last and wins; both hold the
-        # same rows, since a resumed run repeats the killed one exactly.
+        reached = max(0, total - replay.rows)
         for begin, stop in self._chunks():
-            if stop <= oldest or begin >= total:
+            if stop <= reached or stop > total:  # overwritten in the ring, or newer than the checkpoint
                 continue
-            if reached is not None and begin > reached:
-                raise CheckpointError(f"{self._replay}: rows {reached}..{begin} are missing; start a new run_dir")
-            with np.load(self._replay / f"{begin}-{stop}.npz", allow_pickle=False) as chunk:
-                fields = {name: chunk[name][: total - begin] for name in Replay.FIELDS}
-            replay.restore(begin, fields)
-            reached = max(reached or 0, min(stop, total))
-        if (reached or 0) < total:
-            raise CheckpointError(f"{self._replay}: rows {reached or 0}..{total} are missing; start a new run_dir")
-        replay.total = total
+            if begin > reached:
+                break
+            with np.load(self._chunk(begin, stop), allow_pickle=False) as chunk:
+                replay.restore(begin, {name: chunk[name] for name in Replay.FIELDS})
+            reached = stop
+        if reached < total:
+            raise CheckpointError(f"{self._replay} cannot be read (rows {reached}..{total} are missing)")
+        replay.total = self._rows = total
+
+
+def _write(path: Path, data: bytes | memoryview) -> None:
+    """Write a file down to the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -16,26 +16,25 @@ class Logger:
     """Scalars on env frames as x axis.
 
     Args:
-        run_dir: where events and metrics.jsonl are written. resume_frames: None for a new run; otherwise what was
-        logged after this frame is dropped from both, since the run goes on from there.
+        run_dir: where events and metrics.jsonl are written.
+        frames: where the run goes on from, 0 for a new one; what was logged after that is dropped from both.
     """
 
-    def __init__(self, run_dir: Path, resume_frames: int | None = None):
+    def __init__(self, run_dir: Path, frames: int = 0):
         self._path = run_dir / "metrics.jsonl"
-        if resume_frames is not None and self._path.exists():
-            self._drop_after(resume_frames)
-        purge = None if resume_frames is None else resume_frames + 1
-        self._writer = SummaryWriter(str(run_dir), purge_step=purge, flush_secs=10)
+        if self._path.exists():
+            self._drop_after(frames)
+        self._writer = SummaryWriter(str(run_dir), purge_step=frames + 1, flush_secs=10)
         self._file = self._path.open("a", encoding="utf-8")
 
     def _drop_after(self, frames: int) -> None:
         kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
+        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["frames"] <= frames:
                     kept.append(line)
-            except (ValueError, KeyError):
-                break  # a kill in mid-write leaves a torn last line
+            except (ValueError, KeyError, TypeError):
+                continue  # torn by a kill in mid-write
         draft = self._path.with_suffix(".tmp")
         draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         draft.replace(self._path)
@@ -44,11 +43,13 @@ class Logger:
         """Log scalars (tag -> value) at an env frame."""
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, frames)
-        self._file.write(json.dumps({"frames": frames, **{k: round(float(v), 6) for k, v in scalars.items()}}) + "\n")
+        self._file.write(
+            json.dumps({"frames": frames, **{k: round(float(v), 6) for k, v in scalars.items()}}) + "\n"
+        )
         self._file.flush()
 
     def stills(self, frames: int, images: np.ndarray) -> None:
-        """Show an episode (T, H, W, 3) uint8 as a strip of six stills (TensorBoard's own video needs moviepy)."""
+        """Show an episode (T, H, W, 3) uint8 as six stills (TensorBoard's own video needs moviepy)."""
         chosen = [images[i] for i in np.linspace(0, len(images) - 1, 6).astype(int)]
         self._writer.add_image("eval/episode", np.concatenate(chosen, 1), frames, dataformats="HWC")
 
@@ -58,6 +59,10 @@ class Logger:
             self._writer.file_writer.add_summary(summary)
         for tag, value in metrics.items():
             self._writer.add_scalar(f"final/{tag}", value)
+
+    def flush(self) -> None:
+        """Hand everything to the operating system, so that a kill takes nothing of it."""
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()

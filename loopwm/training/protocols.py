@@ -17,7 +17,8 @@ class Agent(Protocol):
         """Choose actions.
 
         Args:
-            obs: (N, O) float32. first: (N,) bool, True where obs begins an episode (carried state is dropped there).
+            obs: (N, O) float32.
+            first: (N,) bool, True where obs begins an episode (carried state is dropped there).
             explore: True while collecting; False is the deterministic evaluation policy.
 
         Returns:
@@ -30,7 +31,7 @@ class Agent(Protocol):
         ...
 
     def learn(self, replay: Any, agent_steps: int) -> dict[str, Any] | None:
-        """Do the gradient updates that are due after ``agent_steps`` environment steps; the latest metrics, if any."""
+        """Do the gradient updates due after ``agent_steps`` environment steps; the latest metrics, if any."""
         ...
 
     def evaluator(self) -> Agent:

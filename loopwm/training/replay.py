@@ -9,8 +9,9 @@ One row per environment step and stream, and an observation is stored once:
     terminated  0        0        1        -        0                 (of the transition out of this row)
     is_last  :  0        0        0        1        0                 (no transition leaves this row)
 
-obs[t], action[t] -> reward[t], terminated[t], obs[t + 1]. Row 3 is the terminal observation; the vector environment's
-NEXT_STEP autoreset gives it a step of its own, whose action is ignored, so the next episode starts in row 4.
+obs[t], action[t] -> reward[t], terminated[t], obs[t + 1]. Row 3 is the terminal observation; the vector
+environment's NEXT_STEP autoreset gives it a step of its own, whose action is ignored: the next episode starts
+in row 4.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from loopwm.config import ConfigError
 
 
 class Batch(NamedTuple):
@@ -36,10 +39,11 @@ class Replay:
 
     Args:
         capacity: rows in all; each stream holds capacity // num_envs.
-        path: a folder for memory-mapped arrays; empty keeps them in memory (pages are touched only as rows arrive).
+        path: a folder for memory-mapped arrays; empty keeps them in memory (touched only as rows arrive).
 
     Raises:
-        ValueError: a capacity too small for two rows a stream.
+        ConfigError: a capacity larger than the memory, or too small for three rows a stream (of two, none may
+        begin a transition).
     """
 
     FIELDS = ("obs", "action", "reward", "terminated", "is_last")
@@ -48,8 +52,10 @@ class Replay:
         self, capacity: int, num_envs: int, obs_dim: int, action_dim: int, *, seed: int = 0, path: str = ""
     ):
         self.rows, self.num_envs = capacity // num_envs, num_envs
-        if self.rows < 2:
-            raise ValueError(f"replay capacity {capacity} holds fewer than two rows for each of {num_envs} streams")
+        if self.rows < 3:
+            raise ConfigError(
+                f"replay.capacity={capacity}: must be at least {3 * num_envs} for num_envs={num_envs}"
+            )
         self._path = Path(path) if path else None
         self.obs = self._allocate("obs", np.float32, obs_dim)
         self.action = self._allocate("action", np.float32, action_dim)
@@ -62,7 +68,12 @@ class Replay:
     def _allocate(self, name: str, dtype: type, width: int | None = None) -> np.ndarray:
         shape = (self.rows, self.num_envs) + (() if width is None else (width,))
         if self._path is None:
-            return np.zeros(shape, dtype)
+            try:
+                return np.zeros(shape, dtype)
+            except (MemoryError, ValueError):  # ValueError: beyond what an address can say
+                raise ConfigError(
+                    f"replay.capacity={self.rows * self.num_envs}: more than the memory holds"
+                ) from None
         self._path.mkdir(parents=True, exist_ok=True)
         return np.lib.format.open_memmap(self._path / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
 
@@ -71,13 +82,20 @@ class Replay:
         return min(self.total, self.rows)
 
     def add(
-        self, obs: np.ndarray, action: np.ndarray, reward: np.ndarray, terminated: np.ndarray, is_last: np.ndarray
+        self,
+        obs: np.ndarray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        terminated: np.ndarray,
+        is_last: np.ndarray,
     ) -> None:
         """Write one row to every stream.
 
         Args:
-            obs: (N, O) what the action was chosen on. action: (N, A). reward, terminated: (N,) of the transition out
-            of obs. is_last: (N,) True where obs ended its episode, so that no transition leaves it.
+            obs: (N, O) what the action was chosen on.
+            action: (N, A).
+            reward, terminated: (N,) of the transition out of obs.
+            is_last: (N,) True where obs ended its episode, so that no transition leaves it.
         """
         i = self.total % self.rows
         self.obs[i], self.action[i], self.reward[i] = obs, action, reward
@@ -88,7 +106,7 @@ class Replay:
         """Draw ``batch_size`` sequences of ``length`` steps, uniformly over the transitions held.
 
         ``rng`` replaces the replay's own stream, for looking without disturbing training.
-        A sequence that meets its episode's end (or the newest row) is padded by its last row and masked from there.
+        A sequence that meets its episode's end (or the newest row) is padded by its last row, and masked.
 
         Raises:
             ValueError: no transition is held yet.
@@ -99,7 +117,7 @@ class Replay:
         age = self._draw_starts(stream, oldest, held, rng)
         steps = age + np.arange(length + 1)[:, None]  # (L + 1, B), counted from the oldest row
         rows = (oldest + np.minimum(steps, held - 1)) % self.rows
-        # A step is valid if no row before it in the sequence, nor itself, is a last one, and its next row is held.
+        # A step is valid if neither its row nor one before it is a last one, and its next row is held.
         open_rows = ~self.is_last[rows[:-1], stream] & (steps[1:] < held)
         mask = np.logical_and.accumulate(open_rows, 0)  # (L, B)
         # Padding repeats the sequence's last valid row, so that masked entries are never another episode's.
@@ -114,7 +132,9 @@ class Replay:
             mask.astype(np.float32),
         )
 
-    def _draw_starts(self, stream: np.ndarray, oldest: int, held: int, rng: np.random.Generator) -> np.ndarray:
+    def _draw_starts(
+        self, stream: np.ndarray, oldest: int, held: int, rng: np.random.Generator
+    ) -> np.ndarray:
         """Rows (B,), counted from the oldest, that a transition leaves; redrawn where none does."""
         if held < 2:
             raise ValueError("the replay holds no transition yet")

@@ -23,12 +23,14 @@ def rollout(
 ) -> RolloutResult:
     """Play ``episodes`` whole episodes deterministically.
 
-    Every environment plays the same number of episodes (rounded up; the surplus is dropped in a fixed order), so
-    short episodes are not over-represented.
+    Every environment plays the same number of episodes (rounded up; the surplus is dropped in a fixed order),
+    so short episodes are not over-represented.
 
     Args:
-        venv: N environments in NEXT_STEP autoreset mode. seed: of their episodes. on_step: called after the reset and
-        after each step with the number of episodes finished by environment 0; for videos.
+        venv: N environments in NEXT_STEP autoreset mode.
+        seed: of their episodes.
+        on_step: called after the reset and after each step with the number of episodes finished by
+            environment 0; for videos.
     """
     agent, envs = agent.evaluator(), venv.num_envs
     quota = -(-episodes // envs)

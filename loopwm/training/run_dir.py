@@ -2,46 +2,75 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import itertools
 import platform
 import time
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from loopwm.config import Config, ConfigError, flatten, read_config, save_config
+from loopwm.config import Config, ConfigError, flatten, read_config
 from loopwm.training.checkpoint import CheckpointError, Checkpoints, lock_run
 
-# What a resumed run may change: where and how long it runs, and what it shows. Anything else would be another run.
+PACKAGES = ("torch", "numpy", "gymnasium", "dm-control", "mujoco")  # whose versions a run notes down
+
+# What a resumed run may change: where and how long it runs, and what it shows. Else it would be another run.
 FREE_ON_RESUME = {
-    "frames", "run_dir", "resume", "eval_every", "eval_episodes", "log_every", "checkpoint_every", "device", "threads",
-    "workers", "video", "replay.path",
+    "frames", "run_dir", "resume", "eval_every", "eval_episodes", "log_every", "checkpoint_every",
+    "video_every", "device", "threads", "workers", "compile", "replay.path",
 }  # fmt: skip
 
 
 def open_run(cfg: Config) -> tuple[Path, IO[str]]:
-    """Claim the run directory of ``cfg`` and write config.yaml; returns (directory, lock to hold while it is used).
+    """Claim the run directory of ``cfg``; returns (directory, lock to hold while it is used).
+
+    Without ``run_dir``, resuming takes the newest run of the same settings under runs/, if there is one.
+    config.yaml is left to the caller, to be written once the run can begin: a mistyped task claims nothing.
 
     Raises:
-        CheckpointError: it is in use, or holds a run and ``resume`` is false.
+        CheckpointError: it is in use, or holds a run and ``resume`` is false. OSError: it cannot be written.
         ConfigError: ``resume`` is true and the saved run was another one.
     """
-    run_dir = Path(cfg.run_dir or f"runs/{_slug(cfg)}")
+    run_dir = Path(cfg.run_dir) if cfg.run_dir else cfg.resume and _newest_run(cfg) or _new_run(cfg)
     lock = lock_run(run_dir)
     saved = run_dir / "config.yaml"
     if saved.exists():
         if not cfg.resume:
-            raise CheckpointError(f"{run_dir} already holds a run: add resume=true to go on, or choose another run_dir")
+            raise CheckpointError(
+                f"{run_dir} already holds a run: add resume=true to go on, or choose another run_dir"
+            )
         changed = _changes(read_config(saved), cfg)
         if changed:
-            raise ConfigError(f"{run_dir} was begun with {'; '.join(changed)}: resume it with the same settings")
-    save_config(cfg, saved)
+            raise ConfigError(
+                f"{run_dir} was begun with {'; '.join(changed)}: resume it with the same settings"
+            )
     return run_dir, lock
 
 
 def _slug(cfg: Config) -> str:
-    task = cfg.task.id.replace("/", "-")
-    return f"{task}-{cfg.dynamics.name}-s{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return f"{cfg.task.id.replace('/', '-')}-{cfg.dynamics.name}-s{cfg.seed}-"
+
+
+def _new_run(cfg: Config) -> Path:
+    """A folder of its own under runs/, also for runs that begin in the same second."""
+    name = _slug(cfg) + time.strftime("%Y%m%d-%H%M%S")
+    for i in itertools.count(1):
+        run_dir = Path("runs", name if i == 1 else f"{name}-{i}")
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir(parents=True)
+            return run_dir
+
+
+def _newest_run(cfg: Config) -> Path | None:
+    """The newest run under runs/ that named itself and had the settings of ``cfg``."""
+    found = sorted(Path("runs").glob(f"{glob.escape(_slug(cfg))}*/config.yaml"), reverse=True)
+    for path in found:
+        with contextlib.suppress(ConfigError):  # a broken config is not the one
+            if not _changes(read_config(path), cfg):
+                return path.parent
+    return None
 
 
 def _changes(old: Config, new: Config) -> list[str]:
@@ -67,9 +96,9 @@ def read_run(run_dir: Path) -> tuple[Config, int]:
     return read_config(run_dir / "config.yaml"), frames[-1]
 
 
-def describe(cfg: Config, packages: Iterable[str] = ("torch", "numpy", "gymnasium", "dm-control", "mujoco")) -> dict[str, Any]:
+def describe(cfg: Config) -> dict[str, Any]:
     """What summary.json says of a run beside its results; ``config`` is for the hparams view."""
-    versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
+    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     return {
         "task": cfg.task.id,
         "agent": cfg.agent.name,

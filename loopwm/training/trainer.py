@@ -1,11 +1,9 @@
-"""The training loop. Everything it touches is an interface: an agent, a vector environment, a replay, a logger."""
+"""The training loop. All it touches are interfaces: an agent, a vector environment, a replay, a logger."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import random
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +13,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from loopwm.training.checkpoint import Checkpoints
+from loopwm.training.checkpoint import CheckpointError, Checkpoints
+from loopwm.training.interrupt import Interrupt
 from loopwm.training.logger import Logger
+from loopwm.training.progress import Progress
 from loopwm.training.protocols import Agent
+from loopwm.training.random_state import random_state, set_random_state
 from loopwm.training.replay import Replay
 from loopwm.training.rollout import RolloutResult, rollout
-from loopwm.training.video import record_episode, save_video
+from loopwm.training.video import VideoError, film_episode
 
 EVAL_SEED = 2**33  # added to the run's seed; training seeds are below 2**32, so the two never meet
 
@@ -81,16 +82,16 @@ class Trainer:
         self.timers = dict.fromkeys(("env", "act", "update"), 0.0)
         self.evaluation: RolloutResult | None = None
         self._logged = (0, 0.0)  # frames and seconds at the last log line
-        self._stop = False
+        self._saved = False  # whether the newest checkpoint is of this very step
 
-    # ---- the loop -----------------------------------------------------------------------------------------------
+    # ---- the loop -----------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
         """Train to the end, or until Ctrl-C; returns what summary.json says."""
         s = self.schedule
         self._begin()
-        with self._interruptible(), self._progress() as bar:
-            while self.frames < s.frames and not self._stop:
+        with Interrupt() as interrupt, Progress(s.frames, self.frames) as bar:
+            while self.frames < s.frames and not interrupt.requested:
                 # act
                 clock = time.perf_counter()
                 action = self.agent.act(self.obs, first=self.first, explore=True)
@@ -106,19 +107,22 @@ class Trainer:
                 self.metrics = metrics or self.metrics
                 self._lap("update", clock)
                 # log, evaluate, checkpoint
-                bar.update(frames)
-                if self._due(s.log_every, frames):
+                bar.advance(frames)
+                finished = self.frames >= s.frames
+                if self._due(s.log_every, frames) or finished:
                     self._log(bar)
-                if self._due(s.eval_every, frames) or self.frames >= s.frames:
+                if self._due(s.eval_every, frames) or finished:
                     self._evaluate(bar)
                 if s.video_every and self._due(s.video_every, frames):
                     self._film()
                 if self._due(s.checkpoint_every, frames):
                     self._save()
-        return self._finish()
+            bar.close()  # its clock is of the training
+            return self._finish()
 
     def _count(self, obs: np.ndarray, reward: np.ndarray, ended: np.ndarray) -> int:
         """Move on to obs; returns how many env frames the step took (an autoreset takes none)."""
+        self._saved = False
         stepped = int((~self.last).sum())
         self.agent_steps += stepped
         frames = stepped * self.schedule.action_repeat
@@ -139,28 +143,27 @@ class Trainer:
         self.timers[name] += now - since
         return now
 
-    # ---- begin and end ------------------------------------------------------------------------------------------
+    # ---- begin and end ------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        frames = self.checkpoints.frames()
-        self.logger = Logger(self.run_dir, frames[-1] if frames else None)
-        if frames:
-            self._restore(frames[-1])
+        state = self.checkpoints.load_newest(self.replay)
+        if state:
+            self._restore(state)
         else:
             self.obs, _ = self.venv.reset(seed=self.seed)
+        self.logger = Logger(self.run_dir, self.frames)
         self._started = time.perf_counter() - self.seconds
 
     def _finish(self) -> dict[str, Any]:
         self.seconds = time.perf_counter() - self._started
-        if not self.checkpoints.frames() or self.checkpoints.frames()[-1] != self.frames:
+        if not self._saved:
             self._save()
         finished = self.frames >= self.schedule.frames
-        if finished:
-            self._film()
         result = self._write_summary(finished)
         if finished:
-            numbers = {k: v for k, v in result.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+            numbers = {k: v for k, v in result.items() if type(v) in (int, float)}
             self.logger.hparams(self.summary["config"], numbers)
+            self._film()  # last: the slowest, and nothing depends on it
         self.logger.close()
         return result
 
@@ -175,7 +178,7 @@ class Trainer:
             "eval_return_mean": None if returns is None else round(float(returns.mean()), 3),
             "eval_return_std": None if returns is None else round(float(returns.std()), 3),
             "eval_episodes": 0 if returns is None else len(returns),
-            "mean_loops": self._scalar("loop/mean"),
+            "mean_loops": self.agent.diagnostics(self.replay).get("loop/mean") if self.metrics else None,
             "parameters": self.agent.parameter_counts,
             "finished": finished,
         }
@@ -184,22 +187,9 @@ class Trainer:
         draft.replace(self.run_dir / "summary.json")
         return result
 
-    def _interruptible(self) -> _Interrupt:
-        return _Interrupt(self)
+    # ---- what is seen -------------------------------------------------------------------------------------
 
-    # ---- what is seen -------------------------------------------------------------------------------------------
-
-    def _progress(self) -> tqdm:
-        form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} frames [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-        return tqdm(
-            total=self.schedule.frames, initial=self.frames, unit="frame", dynamic_ncols=True, bar_format=form
-        )
-
-    def _scalar(self, name: str) -> float | None:
-        value = self.metrics.get(name)
-        return None if value is None else round(float(value), 4)
-
-    def _log(self, bar: tqdm) -> None:
+    def _log(self, bar: Progress) -> None:
         """One log line; the only place where metrics leave the device."""
         seconds = sum(self.timers.values())
         frames_before, seconds_before = self._logged
@@ -213,15 +203,9 @@ class Trainer:
         scalars |= {f"time/{name}_seconds": value for name, value in self.timers.items()}
         scalars |= {"time/frames_per_second": rate, "train/agent_steps": self.agent_steps}
         self.logger.write(self.frames, scalars)
-        self._show(bar, scalars)
+        bar.show(**{"return": scalars.get("train/return"), "loops": scalars.get("loop/mean")})
 
-    def _show(self, bar: tqdm, scalars: dict[str, float]) -> None:
-        shown = {"return": scalars.get("train/return"), "loops": scalars.get("loop/mean")}
-        if self.evaluation is not None:
-            shown["eval"] = self.evaluation.returns.mean()
-        bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items() if v is not None}, refresh=False)
-
-    def _evaluate(self, bar: tqdm) -> None:
+    def _evaluate(self, bar: Progress) -> None:
         start = time.perf_counter()
         self.evaluation = rollout(
             self.agent, self.eval_venv, self.schedule.eval_episodes, seed=self.seed + EVAL_SEED
@@ -235,24 +219,23 @@ class Trainer:
             "time/total_seconds": time.perf_counter() - self._started,
         }
         self.logger.write(self.frames, scalars)
+        bar.show(eval=returns.mean())
         bar.write(f"{self.frames:>9,} frames  eval return {returns.mean():8.2f} +- {returns.std():.2f}")
 
     def _film(self) -> None:
         """Film an evaluation episode, where there is GL; training never depends on it."""
         if self.make_video_env is None:
             return
+        path = self.run_dir / "videos" / f"{self.frames:08d}.mp4"
         try:
-            venv = self.make_video_env()
-        except RuntimeError as error:
-            tqdm.write(f"no video: {error}")
+            images = film_episode(self.agent, self.make_video_env, self.seed + EVAL_SEED, path)
+        except VideoError as error:
+            tqdm.write(str(error))
             self.make_video_env = None
             return
-        images, _ = record_episode(self.agent, venv, self.seed + EVAL_SEED)
-        save_video(self.run_dir / "videos" / f"{self.frames:08d}.mp4", images, venv.metadata.get("render_fps", 30))
         self.logger.stills(self.frames, images)
-        venv.close()
 
-    # ---- exact resume -------------------------------------------------------------------------------------------
+    # ---- exact resume -------------------------------------------------------------------------------------
 
     def _save(self) -> None:
         state = {
@@ -271,15 +254,20 @@ class Trainer:
             "recent": self.recent,
             "metrics": {name: float(value) for name, value in self.metrics.items()},
             "evaluation": None if self.evaluation is None else [torch.as_tensor(x) for x in self.evaluation],
-            "rng": _rng_state(),
+            "rng": random_state(),
         }  # fmt: skip
+        self.logger.flush()
         self.checkpoints.save(self.frames, state, self.replay)
+        self._saved = True
 
-    def _restore(self, frames: int) -> None:
-        state = self.checkpoints.load(frames, self.replay)
-        self.agent.load_state_dict(state["agent"])
-        states = [{k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in one.items()} for one in state["env"]]
-        self.obs = self.restore_env(self.venv, states)
+    def _restore(self, state: dict[str, Any]) -> None:
+        try:
+            self.agent.load_state_dict(state["agent"])
+        except (KeyError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{self.run_dir}: its checkpoint is of another agent ({reason})") from None
+        states = [{k: _plain(v) for k, v in one.items()} for one in state["env"]]
+        self.obs = state["obs"].numpy()
         self.frames, self.agent_steps, self.seconds = state["frames"], state["agent_steps"], state["seconds"]
         self.timers, self.recent, self.metrics = state["timers"], state["recent"], state["metrics"]
         self.first, self.last = state["first"].numpy(), state["last"].numpy()
@@ -287,56 +275,24 @@ class Trainer:
         if state["evaluation"] is not None:
             self.evaluation = RolloutResult(*(x.numpy() for x in state["evaluation"]))
         self._logged = (self.frames, sum(self.timers.values()))
-        if not np.array_equal(self.obs, state["obs"].numpy()):
+        try:
+            repeated = np.array_equal(self.restore_env(self.venv, states), self.obs)
+        except RuntimeError:  # the episode ended before its recorded actions did
+            repeated = False
+        self._saved = repeated
+        if not repeated:
             self._begin_new_episodes()
-        _set_rng_state(state["rng"])
+        set_random_state(state["rng"])
 
     def _begin_new_episodes(self) -> None:
-        """The environment did not repeat itself; what the replay holds of its unfinished episodes ends here."""
+        """The environment did not repeat itself: what the replay holds of its episodes ends here."""
         tqdm.write("this environment is not deterministic: resuming with new episodes, not bit for bit")
-        newest = (self.replay.total - 1) % self.replay.rows
-        self.replay.is_last[newest] = True
+        idle = np.zeros((len(self.obs), self.dims[1]), np.float32)
+        self.replay.add(self.obs, idle, np.zeros(len(idle)), np.zeros(len(idle)), np.ones_like(self.last))
         self.obs, _ = self.venv.reset()
         self.first, self.last = np.ones_like(self.first), np.zeros_like(self.last)
         self.episode_return[:] = 0.0
 
 
-class _Interrupt:
-    """The first Ctrl-C (or SIGTERM) ends the loop after the current step, so that a checkpoint is written."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-
-    def __enter__(self) -> None:
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def _handle(self, signum: int, frame: Any) -> None:
-        self.trainer._stop = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one does not wait
-
-    def __exit__(self, *_: Any) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-
-def _rng_state() -> dict[str, Any]:
-    """The global streams of python, numpy and torch, as plain data."""
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, torch.as_tensor(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+def _plain(value: Any) -> Any:
+    return value.numpy() if isinstance(value, torch.Tensor) else value

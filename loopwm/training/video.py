@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,41 @@ from loopwm.training.protocols import Agent
 from loopwm.training.rollout import rollout
 
 
-def record_episode(agent: Agent, venv: Any, seed: int) -> tuple[np.ndarray, float]:
-    """Play one deterministic episode in ``venv`` (made with rendering) -> (frames (T, H, W, 3) uint8, its return)."""
+class VideoError(RuntimeError):
+    """No video; the text is one line that says why."""
+
+
+def film_episode(agent: Agent, make_env: Callable[[], Any], seed: int, path: Path) -> np.ndarray:
+    """Play one deterministic episode and write it as mp4; returns its frames (T, H, W, 3) uint8.
+
+    Args:
+        make_env: makes a vector environment of one, with rendering.
+
+    Raises:
+        VideoError: this machine cannot draw the task or write the file.
+    """
+    try:
+        venv = make_env()
+        try:
+            images = record_episode(agent, venv, seed)
+        finally:
+            venv.close()
+        save_video(path, images, venv.metadata.get("render_fps", 30))
+    except Exception as error:  # GL, ffmpeg and every environment's renderer fail in kinds of their own
+        raise VideoError(f"no video: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+    return images
+
+
+def record_episode(agent: Agent, venv: Any, seed: int) -> np.ndarray:
+    """Play one deterministic episode in ``venv`` (made with rendering) -> frames (T, H, W, 3) uint8."""
     images: list[np.ndarray] = []
 
     def keep(finished: int) -> None:
         if not finished:
             images.append(venv.call("render")[0])
 
-    result = rollout(agent, venv, 1, seed=seed, on_step=keep)
-    return np.stack(images), float(result.returns[0])
+    rollout(agent, venv, 1, seed=seed, on_step=keep)
+    return np.stack(images)
 
 
 def save_video(path: Path, images: np.ndarray, fps: float) -> None:

@@ -1,0 +1,99 @@
+"""What the default agent costs on one core: frames/s while learning, a planned action, parameters, replay memory."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+from benchmarks.harness import curve, median_seconds, parser, report, train
+
+CORE = 0
+REPLAY_PROBE = """
+import resource, numpy as np
+from loopwm.training.replay import Replay
+rows, start = 1_000_000, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+replay = Replay(rows, 1, {obs}, {action})
+obs, action = np.ones((1, {obs}), np.float32), np.ones((1, {action}), np.float32)
+flags = np.zeros(1, bool)
+for _ in range(rows):
+    replay.add(obs, action, np.ones(1), flags, flags)
+replay.sample(256, 5)
+end = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((end - start) / 1024, end / 1024)
+"""
+
+
+def learning_rate_of_frames(args, seeds: range, dynamics: str) -> list[float]:
+    """Frames/s of env, act and update together, from the first update on (evaluations are not in it)."""
+    rates = []
+    for seed in seeds:
+        words = ["task=dmc/cartpole-swingup", f"dynamics={dynamics}", "frames=20000", f"seed={seed}"]
+        run_dir = args.runs / f"fps_{dynamics}_s{seed}"
+        train(run_dir, [*words, "eval_every=20000"], core=CORE)
+        seconds = np.zeros(2)
+        frames = []
+        for i, at in enumerate((4000, 20000)):
+            for name in ("env", "act", "update"):
+                frame, value = [p for p in curve(run_dir, f"time/{name}_seconds") if p[0] <= at * 1.01][-1]
+                seconds[i] += value
+            frames.append(frame)
+        rates.append((frames[1] - frames[0]) / (seconds[1] - seconds[0]))
+    return rates
+
+
+def planned_action(obs_dim: int, action_dim: int) -> tuple[list[float], dict[str, int]]:
+    """Milliseconds of each of 200 planned actions of the default agent, and its parameters."""
+    from agents import make_agent
+    from loopwm.config import load_config
+
+    agent = make_agent(load_config([]), obs_dim, action_dim, discrete=False)
+    obs = np.random.default_rng(0).normal(size=(1, obs_dim)).astype(np.float32)
+    first = np.zeros(1, bool)
+    return [1e3 * s for s in median_seconds(lambda: agent.act(obs, first=first), 200)], agent.parameter_counts
+
+
+def spread(values: list[float], digits: int = 1) -> dict[str, float]:
+    """Median, lowest, highest."""
+    return {
+        "value": round(float(np.median(values)), digits),
+        "low": round(min(values), digits),
+        "high": round(max(values), digits),
+    }
+
+
+def main(arguments: list[str]) -> None:
+    args = parser(__doc__).parse_args(arguments)
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {CORE})
+    seeds = range(1 if args.quick else 5)
+    rows, headline = [], {}
+    for dynamics in ("looped",) if args.quick else ("looped", "single_pass", "stacked", "wide"):
+        rates = learning_rate_of_frames(args, seeds, dynamics)
+        rows.append({"dynamics": dynamics, "frames_per_second": rates})
+        headline[f"frames/s learning, cartpole, {dynamics}"] = spread(rates)
+    for name, dims in (("cartpole-swingup", (5, 1)), ("cheetah-run", (17, 6)), ("walker-walk", (24, 6))):
+        times, parameters = planned_action(*dims)
+        rows.append({"task": name, "planned_action_ms": times, "parameters": parameters})
+        headline[f"planned action, {name}, ms"] = spread(times, 2)
+        total = parameters["total"]
+        headline[f"parameters, {name}"] = {"value": total, "low": total, "high": total}
+    probe = subprocess.run(
+        [sys.executable, "-c", REPLAY_PROBE.format(obs=24, action=6)], capture_output=True, text=True, check=True
+    )
+    replay, process = (float(x) for x in probe.stdout.split())
+    headline["replay of 1 M rows (24 + 6 numbers), MB"] = spread([replay])
+    headline["its process at its peak, MB"] = spread([process])
+    rate = headline["frames/s learning, cartpole, looped"]["value"]
+    verdict = f"The default agent learns at {rate:.0f} frames/s on one core (medians; lowest and highest in brackets)."
+    rows.append({"peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
+    report("cost", args, seeds, rows, headline, verdict)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

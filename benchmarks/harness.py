@@ -1,0 +1,143 @@
+"""What the benchmarks share: training runs as a user starts them, intervals over seeds, one JSON shape."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "numpy", "gymnasium", "dm-control", "mujoco")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    p = argparse.ArgumentParser(description=description)
+    p.add_argument("--quick", action="store_true", help="minutes instead of hours: fewer seeds and frames")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    p.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmarks", help="where training runs are kept")
+    p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="training runs side by side, a core each")
+    return p
+
+
+def interval(values: Sequence[float], samples: int = 10_000) -> dict[str, float]:
+    """Mean and 95 % percentile-bootstrap interval over seeds."""
+    x = np.asarray(values, float)
+    draws = np.random.default_rng(0).choice(x, (samples, len(x))).mean(1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return {"value": round(float(x.mean()), 3), "low": round(float(low), 3), "high": round(float(high), 3)}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((s.split(":")[1].strip() for s in info.read_text().splitlines() if s.startswith("model name")), cpu)
+    return {"cpu": cpu, "cores": os.cpu_count(), "load_at_start": round(os.getloadavg()[0], 2)}
+
+
+def commit() -> str:
+    """The commit that is measured; ``+`` marks uncommitted changes."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    return head + ("+" if dirty else "")
+
+
+def report(
+    name: str, args: argparse.Namespace, seeds: Sequence[int], rows: list[dict], headline: dict, verdict: str
+) -> None:
+    """Print the result, and write it as JSON where asked."""
+    result = {
+        "benchmark": name,
+        "quick": args.quick,
+        "seeds": list(seeds),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
+        "rows": rows,
+        "headline": headline,
+        "verdict": verdict,
+    }
+    for key, value in headline.items():
+        print(f"{key:48s} {value['value']:>10} [{value['low']}, {value['high']}]")
+    print(verdict)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def curve(run_dir: Path, tag: str = "eval/return") -> list[tuple[int, float]]:
+    """(env frames, value) of one tag of a run."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return [(row["frames"], row[tag]) for row in rows if tag in row]
+
+
+def at_frames(points: list[tuple[int, float]], frames: int) -> float:
+    """The value of the last point at or before ``frames`` (evaluations fall a few frames after their mark)."""
+    return next(value for at, value in reversed(points) if at <= frames * 1.01)
+
+
+def train(run_dir: Path, overrides: Sequence[str], core: int | None = None) -> Path:
+    """Train to the end as a user would, on one core and thread if ``core`` is given; a finished run is kept as it is."""
+    summary = run_dir / "summary.json"
+    if summary.exists() and json.loads(summary.read_text())["finished"]:
+        return run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "train.py"), *overrides, f"run_dir={run_dir}", "resume=true"]
+    if core is not None:
+        command = ["taskset", "-c", str(core), *command]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"} if core is not None else dict(os.environ)
+    with (run_dir / "train.log").open("a") as log:
+        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=env)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: see {run_dir}/train.log")
+    return run_dir
+
+
+def train_all(jobs: dict[Path, Sequence[str]], workers: int) -> None:
+    """Train several runs, ``workers`` at a time, each pinned to a core of its own."""
+    cores: Queue[int] = Queue()
+    for core in range(workers):
+        cores.put(core)
+
+    def one(item: tuple[Path, Sequence[str]]) -> None:
+        core = cores.get()
+        try:
+            start = time.perf_counter()
+            train(item[0], item[1], core)
+            points = curve(item[0])
+            last = f"{points[-1][1]:.1f} at {points[-1][0]}" if points else "no evaluation"
+            print(f"{item[0].name:48s} {time.perf_counter() - start:7.0f} s  {last}", flush=True)
+        finally:
+            cores.put(core)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(one, jobs.items()))
+
+
+def median_seconds(action: Callable[[], object], repeats: int, warmup: int = 5) -> list[float]:
+    """Seconds of each of ``repeats`` calls, after a warm-up."""
+    for _ in range(warmup):
+        action()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return times

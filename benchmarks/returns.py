@@ -1,0 +1,50 @@
+"""Return by env frames over seeds: any task, the loop and its controls.
+
+python -m benchmarks.returns --task dmc/cartpole-swingup --frames 50000 --seeds 5 --dynamics looped single_pass stacked wide
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from benchmarks.harness import at_frames, curve, interval, parser, report, train_all
+
+CONTROLS = ("single_pass", "stacked", "wide")
+
+
+def main(arguments: list[str]) -> None:
+    p = parser(__doc__.splitlines()[0])
+    p.add_argument("--task", nargs="+", default=["dmc/cartpole-swingup"])
+    p.add_argument("--frames", type=int, default=50_000)
+    p.add_argument("--seeds", type=int, default=5)
+    p.add_argument("--dynamics", nargs="+", default=["looped"], choices=("looped", *CONTROLS))
+    p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings, for every run")
+    args = p.parse_args(arguments)
+    seeds = range(2 if args.quick else args.seeds)
+    frames = min(args.frames, 20_000) if args.quick else args.frames
+
+    jobs: dict[Path, list[str]] = {}
+    for seed in seeds:
+        for task in args.task:
+            for dynamics in args.dynamics:
+                words = [f"task={task}", f"dynamics={dynamics}", f"seed={seed}", f"frames={frames}", *args.set]
+                extra = "".join(f"_{word}" for word in args.set).replace("/", "-")
+                name = f"{task.replace('/', '-')}_{dynamics}_{frames}{extra}_s{seed}"
+                jobs[args.runs / name] = words
+    train_all(jobs, args.jobs)
+
+    rows, headline = [], {}
+    for run_dir, words in jobs.items():
+        row = dict(word.split("=", 1) for word in words)
+        rows.append(row | {"curve": curve(run_dir), "frames_per_second": curve(run_dir, "time/frames_per_second")})
+    for task in args.task:
+        for dynamics in args.dynamics:
+            mine = [row for row in rows if row["task"] == task and row["dynamics"] == dynamics]
+            headline[f"{task} {dynamics} @{frames}"] = interval([at_frames(row["curve"], frames) for row in mine])
+    best = max(headline, key=lambda key: headline[key]["value"])
+    report("returns", args, seeds, rows, headline, f"Highest mean of {len(seeds)} seeds: {best}.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,351 @@
+"""train.py and evaluate.py as people use them: what is printed and written, and every mistake in one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, MultiBinary
+from training_tools import CARTPOLE, ROOT, TINY, lines, run
+
+import envs
+import evaluate
+import train
+from loopwm.training import trainer as trainer_module
+from loopwm.training.checkpoint import Checkpoints, lock_run
+from loopwm.training.video import VideoError
+
+SUMMARY = {
+    *("task", "agent", "dynamics", "seed", "frames", "agent_steps", "seconds", "frames_per_second"),
+    *(
+        "eval_return_mean",
+        "eval_return_std",
+        "eval_episodes",
+        "mean_loops",
+        "parameters",
+        "versions",
+        "finished",
+    ),
+}
+SHORT = [*CARTPOLE, "frames=60", "eval_every=30", "checkpoint_every=30", "log_every=30", "eval_episodes=2"]
+
+
+@pytest.fixture(autouse=True)
+def no_videos(monkeypatch):
+    """Filming takes seconds, and needs GL."""
+
+    def fail(*_):
+        raise VideoError("no video: not in this test")
+
+    monkeypatch.setattr(trainer_module, "film_episode", fail)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run directory, trained to the end. Not to be written into."""
+    run_dir = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module.Trainer, "_film", lambda self: None)
+        assert run(run_dir, *SHORT) == 0
+    return run_dir
+
+
+def complaint(capsys, code: int) -> str:
+    """The one line that a failed command left on stderr."""
+    captured = capsys.readouterr()
+    assert code == 2, captured
+    assert captured.err.count("\n") == 1 and captured.err.endswith("\n"), captured.err
+    assert captured.out == ""
+    return captured.err
+
+
+def evaluation_error(capsys, *arguments) -> str:
+    try:
+        code = evaluate.main([str(a) for a in arguments])
+    except SystemExit as end:  # argparse
+        code = end.code
+    return complaint(capsys, code)
+
+
+# ---- train.py -----------------------------------------------------------------------------------------
+
+
+def test_summary_and_metrics(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert set(summary) == SUMMARY
+    assert summary["task"] == "gym/CartPole-v1" and summary["finished"] is True
+    assert summary["frames"] == summary["agent_steps"] == 60 and summary["eval_episodes"] == 2
+    assert 1 <= summary["mean_loops"] <= 8 and 0 < summary["frames_per_second"] < 1e6
+    parts = {"encoder", "dynamics", "heads", "policy", "value", "total"}
+    assert set(summary["parameters"]) == parts
+    assert summary["parameters"]["total"] == sum(summary["parameters"].values()) / 2
+    assert set(summary["versions"]) >= {"python", "torch", "numpy", "gymnasium", "dm-control"}
+    found = lines(finished)
+    assert found[-1]["eval/return"] == pytest.approx(summary["eval_return_mean"], abs=1e-3)
+    assert all(
+        tag.split("/")[0] in ("train", "eval", "loss", "loop", "time")
+        for one in found
+        for tag in one
+        if tag != "frames"
+    )
+    assert {p.name for p in finished.iterdir() if not p.name.startswith("events")} == {
+        *(".lock", "config.yaml", "metrics.jsonl", "checkpoints", "summary.json")
+    }
+
+
+def test_what_is_printed(tmp_path, capsys):
+    assert run(tmp_path / "x", *SHORT) == 0
+    out = capsys.readouterr().out
+    assert "evaluation " in out and str(tmp_path / "x") in out and f"tensorboard --logdir {tmp_path}" in out
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["task=dmc/cartpole-swingupp"], "'dmc/cartpole-swingup'"),
+        (["task=gym/CartPole-v9"], "CartPole-v1"),
+        (["task=atari/Pong"], "unknown suite"),
+        (["sede=3"], "did you mean seed"),
+        (["agent.horzon=3"], "did you mean agent.horizon"),
+        (["frames=many"], "frames='many'"),
+        (["frames=-5"], "frames"),
+        (["dynamics=lopped"], "did you mean looped"),
+        (["seed"], "KEY=VALUE"),
+        (["num_envs=8", "replay.capacity=20"], "replay.capacity=20: must be at least 24 for num_envs=8"),
+        (["replay.capacity=1e16"], "more than the memory holds"),
+        (["replay.path=/dev/null/x"], "/dev/null/x"),
+        (["task=gym/Unsupported-v0"], "MultiBinary"),
+    ],
+)
+def test_a_mistake_is_one_line(words, said, tmp_path, capsys):
+    error = complaint(capsys, run(tmp_path / "x", *TINY, *words))
+    assert error.startswith("train.py: ") and said in error
+    assert not (tmp_path / "x" / "config.yaml").exists(), "a run that never began claims the directory"
+
+
+gymnasium.register("Unsupported-v0", lambda **_: UnsupportedEnv())
+
+
+class UnsupportedEnv(gymnasium.Env):
+    observation_space, action_space = MultiBinary(3), Box(-1, 1, (1,), np.float32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without cuda")
+def test_cuda_where_there_is_none(tmp_path, capsys):
+    assert "device=cpu" in complaint(capsys, run(tmp_path, *SHORT, "device=cuda"))
+
+
+def test_gl_backend_that_does_not_load(tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise envs.RenderingUnavailable("MUJOCO_GL=egl does not load")
+
+    monkeypatch.setattr(envs, "make_vector_env", fail)
+    assert "MUJOCO_GL=egl does not load" in complaint(capsys, run(tmp_path, *SHORT))
+
+
+def test_a_corrected_command_goes_through(tmp_path, capsys):
+    complaint(capsys, run(tmp_path, *SHORT, "task=gym/CartPole-v9"))
+    assert run(tmp_path, *SHORT) == 0
+
+
+def test_directory_in_use(tmp_path, capsys):
+    with lock_run(tmp_path):
+        assert "in use by another process" in complaint(capsys, run(tmp_path, *SHORT))
+        assert "in use by another process" in complaint(capsys, run(tmp_path, *SHORT, "resume=true"))
+    assert run(tmp_path, *SHORT) == 0
+
+
+def test_directory_that_holds_a_run(finished, capsys):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    assert "resume=true" in complaint(capsys, run(finished, *SHORT))
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "change, key",
+    [
+        ("seed=4", "seed=0 (now 4)"),
+        ("agent.discount=0.9", "agent.discount=0.99 (now 0.9)"),
+        ("task=gym/Acrobot-v1", "task.id"),
+        ("num_envs=2", "num_envs=1 (now 2)"),
+    ],
+)
+def test_resume_with_other_settings(change, key, finished, capsys):
+    before = (finished / "config.yaml").read_text()
+    assert key in complaint(capsys, run(finished, *SHORT, change, "resume=true"))
+    assert (finished / "config.yaml").read_text() == before
+
+
+def test_resume_may_change_how_long_and_how_often(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "x")
+    free = [
+        "frames=70",
+        "eval_every=40",
+        "eval_episodes=1",
+        "log_every=10",
+        "checkpoint_every=20",
+        "threads=1",
+    ]
+    assert run(tmp_path / "x", *SHORT, *free, "video_every=50", "resume=true") == 0
+    assert json.loads((tmp_path / "x" / "summary.json").read_text())["frames"] == 70
+
+
+def test_resume_of_what_never_saved_starts_anew(tmp_path):
+    """Killed before the first checkpoint: the same command with resume=true must not stop at that."""
+    assert run(tmp_path / "new", *SHORT, "resume=true") == 0
+    assert run(tmp_path / "old", *SHORT) == 0
+    shutil.rmtree(tmp_path / "old" / "checkpoints")
+    assert run(tmp_path / "old", *SHORT, "resume=true") == 0
+    for one, other in zip(lines(tmp_path / "new"), lines(tmp_path / "old"), strict=True):
+        assert {k: v for k, v in one.items() if "time/" not in k} == {
+            k: v for k, v in other.items() if "time/" not in k
+        }
+
+
+def test_resume_finds_the_newest_run_of_the_same_settings(tmp_path, monkeypatch):
+    """`python train.py` names its directory; so `python train.py resume=true` has to find it."""
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*SHORT]) == 0
+    (first,) = Path("runs").iterdir()
+    assert train.main([*SHORT, "frames=70", "resume=true"]) == 0
+    assert list(Path("runs").iterdir()) == [first]
+    assert json.loads((first / "summary.json").read_text())["frames"] == 70
+    assert train.main([*SHORT, "agent.discount=0.9", "resume=true"]) == 0  # another run
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+@pytest.mark.parametrize("text", ["", "task: [", "seed: 1\n", "frames: x\n"])
+def test_broken_config_of_a_run(text, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "x")
+    (tmp_path / "x" / "config.yaml").write_text(text)
+    assert "config.yaml" in complaint(capsys, run(tmp_path / "x", *SHORT, "resume=true"))
+    assert "config.yaml" in evaluation_error(capsys, tmp_path / "x")
+
+
+@pytest.mark.parametrize("where", ["/dev/null/run", "/proc/run"])
+def test_directory_that_cannot_be_written(where, capsys):
+    assert where in complaint(capsys, run(Path(where), *SHORT))
+
+
+@pytest.mark.parametrize("words", [["agent.seed_steps=5000"], ["frames=1"], ["num_envs=7", "frames=10"]])
+def test_too_short_to_learn_still_finishes(words, tmp_path, capsys):
+    assert run(tmp_path, *SHORT, *words) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["finished"] is True and summary["eval_return_mean"] > 0
+    assert summary["mean_loops"] is None and "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
+    assert evaluate.main([str(tmp_path), "--episodes", "1"]) == 0
+
+
+def test_importing_train_is_cheap():
+    """A second at the start counts against every short run."""
+    late = "imageio", "matplotlib", "dm_control", "mujoco", "hydra", "omegaconf", "pandas", "tensorflow"
+    code = f"import sys, train, evaluate; print(sorted(set(sys.modules) & set({late})))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n", done
+
+
+# ---- evaluate.py --------------------------------------------------------------------------------------
+
+
+def test_json_output(finished, capsys):
+    assert evaluate.main([str(finished), "--episodes", "3", "--json"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert captured.out.count("\n") == 1 and captured.err == ""
+    assert result["eval_episodes"] == len(result["eval_returns"]) == 3 and result["frames"] == 60
+    assert result["eval_return_mean"] == pytest.approx(np.mean(result["eval_returns"]))
+
+
+def test_evaluation_repeats_and_has_its_own_seeds(finished, capsys):
+    def returns(*words):
+        assert evaluate.main([str(finished), "--episodes", "4", "--json", *words]) == 0
+        return json.loads(capsys.readouterr().out)["eval_returns"]
+
+    assert returns() == returns()
+    assert returns("--seed", "1") != returns("--seed", "2")
+
+
+def test_loops_and_samples(finished, capsys):
+    words = [str(finished), "--episodes", "1", "--json", "--samples", "24"]
+    for loops in (1, 8, 20):
+        assert evaluate.main([*words, "--loops", str(loops)]) == 0
+        assert json.loads(capsys.readouterr().out)["loops"] == loops
+    assert evaluate.main([str(finished), "--episodes", "1", "--samples", "0"]) == 0
+    assert "gym/CartPole-v1  return" in capsys.readouterr().out
+
+
+def test_evaluation_writes_nothing_into_the_run(finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    assert evaluate.main([str(finished), "--episodes", "1"]) == 0
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
+
+
+def test_evaluation_while_training(finished):
+    with lock_run(finished):
+        assert evaluate.main([str(finished), "--episodes", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["--episodes", "0"], ["--episodes", "-1"], ["--episodes", "x"], ["--loops", "0"], ["--loops", "²"]),
+        *(["--samples", "-1"], ["--seed", "-1"], ["--unknown"], ["--video"]),
+    ],
+)
+def test_a_wrong_argument_is_one_line(words, finished, capsys):
+    assert evaluation_error(capsys, finished, *words).startswith("evaluate.py: ")
+
+
+def test_no_argument(capsys):
+    assert "run_dir" in evaluation_error(capsys)
+
+
+def test_not_a_run(tmp_path, capsys):
+    assert "is not a run directory" in evaluation_error(capsys, tmp_path)
+    assert "is not a run directory" in evaluation_error(capsys, tmp_path / "absent")
+    shutil.copy(ROOT / "README.md" if (ROOT / "README.md").exists() else ROOT / "LICENSE", tmp_path / "file")
+    assert "is not a run directory" in evaluation_error(capsys, tmp_path / "file")
+
+
+def test_broken_or_absent_checkpoint(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "x")
+    path = tmp_path / "x" / "checkpoints" / "00000060" / "state.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    error = evaluation_error(capsys, tmp_path / "x")
+    assert "cannot be read" in error and f"delete {path.parent}" in error
+    shutil.rmtree(path.parent)  # as it says
+    assert evaluate.main([str(tmp_path / "x"), "--episodes", "1"]) == 0
+    capsys.readouterr()
+    shutil.rmtree(tmp_path / "x" / "checkpoints")
+    assert "no complete checkpoint" in evaluation_error(capsys, tmp_path / "x")
+
+
+def test_checkpoint_of_another_agent(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "x")
+    config = tmp_path / "x" / "config.yaml"
+    config.write_text(config.read_text().replace("latent_dim: 8", "latent_dim: 9"))
+    assert "does not fit" in evaluation_error(capsys, tmp_path / "x")
+    code = run(tmp_path / "x", *SHORT, "encoder.latent_dim=9", "resume=true")
+    assert "is of another agent" in complaint(capsys, code)
+    assert Checkpoints(tmp_path / "x").frames() == [30, 60]
+
+
+def test_video_without_gl(finished, tmp_path, capsys, monkeypatch):
+    """The numbers come first, then one line on what to install."""
+    make = evaluate.make_vector_env
+
+    def no_gl(*args, render=False, **kwargs):
+        if render:
+            raise envs.RenderingUnavailable("cannot render: get it with `apt-get install libegl1`")
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "make_vector_env", no_gl)
+    code = evaluate.main([str(finished), "--episodes", "1", "--json", "--video", str(tmp_path / "out.mp4")])
+    captured = capsys.readouterr()
+    assert code == 2 and json.loads(captured.out)["eval_episodes"] == 1
+    assert captured.err.count("\n") == 1 and "no video" in captured.err and "apt-get install" in captured.err

@@ -1,0 +1,184 @@
+"""Replay: every sampled sequence is a piece of one episode, exactly as the environments played it.
+
+The environments count (see counting_env.py), so an observation says which one it is: [env, episode, step].
+"""
+
+import functools
+
+import gymnasium
+import numpy as np
+import pytest
+from counting_env import CountingEnv
+from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from loopwm.config import ConfigError
+from loopwm.training.replay import Batch, Replay
+
+ENVS = ((1, "terminated"), (3, "truncated"), (4, "terminated"), (11, "truncated"))  # length, how it ends
+
+
+class NumberedEnv(gymnasium.ObservationWrapper):
+    """obs = [env, episode, step]"""
+
+    def __init__(self, number: int, length: int, ends: str):
+        super().__init__(CountingEnv(length, ends))
+        self.number, self.observation_space = number, Box(0, np.inf, (3,), np.float32)
+
+    def observation(self, obs: np.ndarray) -> np.ndarray:
+        return np.array([self.number, *obs], np.float32)
+
+
+def counting_venv(envs=ENVS) -> SyncVectorEnv:
+    makers = [functools.partial(NumberedEnv, i, *env) for i, env in enumerate(envs)]
+    return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
+
+
+def action_of(obs: np.ndarray) -> np.ndarray:
+    """An action (..., 2) that says on which obs (..., 3) it was chosen."""
+    return np.stack([obs[..., 0] + 0.5, 100 * obs[..., 1] + obs[..., 2]], -1)
+
+
+def fill(replay: Replay, steps: int, envs=ENVS) -> Replay:
+    venv = counting_venv(envs)
+    obs, _ = venv.reset(seed=0)
+    last = np.zeros(venv.num_envs, bool)
+    for _ in range(steps):
+        following, reward, terminated, truncated, _ = venv.step(np.zeros(venv.num_envs, np.int64))
+        replay.add(obs, action_of(obs), reward, terminated, last)
+        obs, last = following, terminated | truncated
+    return replay
+
+
+def filled(steps: int, capacity: int, seed: int = 0, path: str = "", envs=ENVS) -> Replay:
+    return fill(Replay(capacity, len(envs), 3, 2, seed=seed, path=path), steps, envs)
+
+
+def check(batch: Batch, newest: np.ndarray, envs=ENVS) -> None:
+    """Compare a batch with what the environments must have done; newest (N, 3) is the last obs stored."""
+    length, size = batch.mask.shape
+    assert batch.obs.shape == (length + 1, size, 3) and batch.action.shape == (length, size, 2)
+    assert all(field.dtype == np.float32 for field in batch)
+    for b in range(size):
+        env, episode, step = batch.obs[0, b].astype(int)
+        steps, ends = envs[env]
+        assert step < steps, "began at the end of an episode"
+        valid = int(batch.mask[:, b].sum())
+        held = newest[env, 2] - step if episode == newest[env, 1] else steps - step
+        assert valid == min(length, held) >= 1
+        np.testing.assert_array_equal(batch.mask[:, b], np.arange(length) < valid)
+        passed = np.minimum(np.arange(length + 1), valid)  # obs[valid] is the last one, and it is repeated
+        np.testing.assert_array_equal(batch.obs[:, b], [[env, episode, step + t] for t in passed])
+        np.testing.assert_array_equal(batch.action[:valid, b], action_of(batch.obs[:valid, b]))
+        np.testing.assert_array_equal(batch.reward[:valid, b], step + 1 + np.arange(valid))
+        over = (step + 1 + np.arange(length) == steps) & (ends == "terminated")
+        np.testing.assert_array_equal(batch.terminated[:valid, b], over[:valid])
+        assert not batch.reward[valid:, b].any() and not batch.terminated[valid:, b].any()
+
+
+@pytest.mark.parametrize(
+    "steps", [2, 3, 30, 31, 32, 33, 95, 96, 97, 260]
+)  # 32 rows a stream: before and after
+@pytest.mark.parametrize("length", [1, 2, 5, 40])
+def test_sequences_are_pieces_of_one_episode(steps, length):
+    replay = filled(steps, capacity=4 * 32)
+    newest = replay.obs[(replay.total - 1) % replay.rows]
+    assert len(replay) == min(steps, 32)
+    for _ in range(4):
+        check(replay.sample(64, length), newest)
+
+
+def test_terminal_observations_are_sampled_as_next_and_never_as_start():
+    replay = filled(200, capacity=4 * 32)
+    batch = replay.sample(4000, 1)
+    ends = np.array([length for length, _ in ENVS])[batch.obs[1, :, 0].astype(int)]
+    assert (batch.obs[1, :, 2] == ends).any() and (batch.obs[0, :, 2] < ends).all()
+    assert batch.mask.all()
+
+
+@pytest.mark.parametrize("steps", [60, 150])
+def test_starts_are_uniform_over_transitions(steps):
+    replay = filled(steps, capacity=4 * 64, seed=3)
+    starts = np.concatenate([replay.sample(500, 3).obs[0] for _ in range(80)])
+    _, counts = np.unique(starts, axis=0, return_counts=True)
+    oldest = replay.total - len(replay)
+    rows = np.arange(oldest, replay.total - 1) % replay.rows
+    transitions = int((~replay.is_last[rows]).sum())
+    assert len(counts) == transitions, "some transition is never drawn"
+    expected = len(starts) / transitions
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    freedom = transitions - 1
+    assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+def test_own_generator_leaves_the_replays_stream_alone():
+    one, other = filled(50, 400), filled(50, 400)
+    one.sample(32, 3, rng=np.random.default_rng(1))
+    for a, b in zip(one.sample(32, 3), other.sample(32, 3), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_memory_mapped_equals_in_memory(tmp_path):
+    mapped, plain = filled(150, 4 * 32, path=str(tmp_path / "replay")), filled(150, 4 * 32)
+    assert (
+        isinstance(mapped.obs, np.memmap)
+        and (tmp_path / "replay" / "obs.npy").stat().st_size > mapped.obs.nbytes
+    )
+    for _ in range(3):
+        for a, b in zip(mapped.sample(64, 5), plain.sample(64, 5), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("steps", [20, 32, 75])
+def test_slice_and_restore(steps):
+    replay, copy = filled(steps, 4 * 32), Replay(4 * 32, 4, 3, 2)
+    oldest = replay.total - len(replay)
+    middle = oldest + len(replay) // 3
+    for begin, stop in ((oldest, middle), (middle, replay.total)):
+        copy.restore(begin, replay.slice(begin, stop))
+    assert copy.total == replay.total
+    for a, b in zip(replay.sample(64, 5), copy.sample(64, 5), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for begin, stop in ((oldest - 1, middle), (middle, replay.total + 1), (middle, oldest)):
+        with pytest.raises(ValueError, match="not all held"):
+            replay.slice(begin, stop)
+
+
+def test_rows_are_copies_of_what_came():
+    """Simulators and agents may use one array again and again."""
+    replay, obs = Replay(12, 1, 3, 2), np.zeros((1, 3), np.float32)
+    for i in range(6):
+        obs[:] = i
+        replay.add(obs, np.zeros((1, 2)), np.zeros(1), np.zeros(1, bool), np.zeros(1, bool))
+    np.testing.assert_array_equal(replay.obs[:6, 0, 0], np.arange(6))
+    batch = replay.sample(4, 2)
+    batch.obs[:] = -1
+    assert (replay.obs >= 0).all()
+
+
+def test_nothing_to_sample_yet():
+    for steps in (0, 1):
+        with pytest.raises(ValueError, match="no transition yet"):
+            filled(steps, 400).sample(4, 1)
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 11])
+def test_capacity_too_small(capacity):
+    with pytest.raises(ConfigError, match=rf"replay.capacity={capacity}: must be at least 12 for num_envs=4"):
+        Replay(capacity, 4, 3, 2)
+
+
+def test_smallest_capacity_always_holds_a_transition():
+    """Of two rows the first may be an episode's last one: nothing to draw."""
+    for steps in range(3, 40):
+        check((replay := filled(steps, 12)).sample(16, 2), replay.obs[(replay.total - 1) % 3])
+
+
+def test_capacity_beyond_the_memory():
+    with pytest.raises(ConfigError, match="more than the memory holds"):
+        Replay(10**17, 1, 24, 6)
+
+
+def test_a_million_rows_take_less_than_200_mb():
+    replay = Replay(1_000_000, 4, 24, 6)
+    assert sum(getattr(replay, name).nbytes for name in Replay.FIELDS) < 200e6
