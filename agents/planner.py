@@ -17,7 +17,7 @@ from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
 from agents.mppi import PlanBudget, mppi
 from agents.optim import EMATarget, FlatAdam
 from loopwm.config import PlannerConfig
-from loopwm.model.losses import masked_mean, weighted_sum, world_model_losses
+from loopwm.model.losses import weighted_sum, world_model_losses
 from loopwm.model.world_model import WorldModel
 
 
@@ -54,11 +54,12 @@ class PlannerAgent:
         self.value_optimizer = FlatAdam([value], c.learning_rate, c.clip_norm)
         self.policy_optimizer = FlatAdam([policy], c.learning_rate, c.clip_norm)
         self.value_target, self.policy_target = copy.deepcopy(value), copy.deepcopy(policy)
-        self.encoder_target = copy.deepcopy(world_model.encoder)
+        self.slow_model = copy.deepcopy(world_model)
         self.targets = {
             "value": EMATarget(value, self.value_target, c.tau),
             "policy": EMATarget(policy, self.policy_target, c.tau),
-            "encoder": EMATarget(world_model.encoder, self.encoder_target, c.encoder_tau),
+            # The model moves once in ``model_every`` updates, and so does its slow copy: the same pace by the frame.
+            "model": EMATarget(world_model, self.slow_model, 1.0 - (1.0 - c.model_tau) ** c.model_every),
         }
         self.generator = torch.Generator(device).manual_seed(seed)
         self.depth_generator = torch.Generator().manual_seed(seed + 1)
@@ -68,12 +69,12 @@ class PlannerAgent:
         self._plan: Tensor | None = None  # (H, N, A) the previous plan
 
     def encode(self, obs: Tensor) -> Tensor:
-        """obs (..., O) -> z (..., Z) by the slow copy of the encoder.
+        """obs (..., O) -> z (..., Z) by the slow copy of the world model.
 
         Its latents are what the world model learns to predict, and what value, policy and planner see: they move
         slowly under the value's feet (MR.Q, 2501.16142, holds its encoder fixed between target updates).
         """
-        return self.encoder_target(obs)
+        return self.slow_model.encode(obs)
 
     # ---- acting -------------------------------------------------------------------------------------------------
 
@@ -109,7 +110,7 @@ class PlannerAgent:
             keep = torch.as_tensor(np.zeros(envs, bool) if first is None else first, device=self.device)
             moved = torch.cat([self._plan[1:], start[-1:]])
             start = torch.where(keep.view(1, -1, 1), start, moved)
-        with self.world_model.frozen():
+        with self.slow_model.frozen():
             prior = self._policy_sequences(z, budget)
             action, self._plan = mppi(z, prior, start, self._score, budget, self.generator, self.discrete)
         return action
@@ -124,13 +125,13 @@ class PlannerAgent:
             noisy = self.policy.perturb(action, self.config.plan_policy_std, 1.0, self.generator)
             actions.append(torch.where(own.unsqueeze(1), action, noisy))
             if step + 1 < budget.horizon:
-                rows = self.world_model.dynamics(rows, actions[-1], self._plan_depth()).z_next
+                rows = self.slow_model.dynamics(rows, actions[-1], self._plan_depth()).z_next
         return torch.stack(actions).view(budget.horizon, z.shape[0], budget.policy_samples, -1)
 
     def _score(self, z: Tensor, actions: Tensor) -> Tensor:
         """Imagined return (R,) of actions (H, R, A) from z (R, Z), with the value at the end."""
-        rollout = self.world_model.rollout(z, actions, self._plan_depth())
-        reward, continuation = self.world_model.predict(rollout.h)  # (H, R)
+        rollout = self.slow_model.rollout(z, actions, self._plan_depth())
+        reward, continuation = self.slow_model.predict(rollout.h)  # (H, R)
         discount = self.config.discount * continuation
         last = rollout.z[-1]
         value = self.value.values(last, self.policy(last)[0]).mean(0)  # (R,)
@@ -201,6 +202,7 @@ class PlannerAgent:
             metrics |= self._update_model(
                 obs[: h + 1, :b], action[:h, :b], reward[:h, :b], terminated[:h, :b], mask[:h, :b]
             )
+            self.targets["model"].update()
         n = c.n_step
         with torch.no_grad():
             z = self.encode(obs[0])  # (B, Z)
@@ -209,8 +211,8 @@ class PlannerAgent:
         metrics |= self._update_value(z, action[0], target)
         if self.updates % c.policy_every == 0:
             metrics |= self._update_policy(z)
-        for ema in self.targets.values():
-            ema.update()
+        self.targets["value"].update()
+        self.targets["policy"].update()
         self.updates += 1
         return metrics
 
@@ -231,7 +233,6 @@ class PlannerAgent:
             total.backward()
         norm = self.model_optimizer.step()
         metrics = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
-        self.loops = rollout.loops[0]
         return metrics | {"loss/model": total.detach(), "loss/model_gradient": norm}
 
     def _value_target(self, z_end: Tensor, reward: Tensor, terminated: Tensor, mask: Tensor) -> Tensor:
@@ -274,7 +275,7 @@ class PlannerAgent:
         batch = replay.sample(256, 1, rng=np.random.default_rng(self.updates))
         z = self.encode(torch.as_tensor(batch.obs[0], device=self.device))
         action = torch.as_tensor(batch.action[0], device=self.device)
-        dynamics = self.world_model.dynamics
+        dynamics = self.slow_model.dynamics
         adaptive, trained = dynamics(z, action), dynamics(z, action, dynamics.mean_loops)
         return {
             "loop/mean": float(adaptive.loops.double().mean()),

@@ -162,6 +162,10 @@ class DynamicsConfig(Section):
             if getattr(self, name) > self.max_loops:
                 most = f"dynamics.max_loops={self.max_loops}"
                 raise ConfigError(f"dynamics.{name}={getattr(self, name)}: must be at most {most}")
+        if self.min_loops > self.mean_loops:
+            raise ConfigError(
+                f"dynamics.min_loops={self.min_loops}: must be at most dynamics.mean_loops={self.mean_loops}"
+            )
 
 
 @dataclass(frozen=True)
@@ -176,26 +180,26 @@ class PlannerConfig(Section):
     horizon: Count = 3  # H, how far the model is unrolled in training, agent steps
     batch_size: Count = 128  # B, subsequences in one update of value and policy, count
     model_batch_size: Count = 64  # how many of them train the world model, count
-    model_every: Count = 4  # updates of value and policy for one of the world model, count
+    model_every: Count = 2  # updates of value and policy for one of the world model, count
     policy_every: Count = 2  # updates of the value for one of the policy (TD3's delay), count
-    update_ratio: Positive = 0.65  # gradient updates for one agent step, count
+    update_ratio: Positive = 0.5  # gradient updates for one agent step, count
     learning_rate: Positive = 1e-3  # Adam's step size, no unit
     clip_norm: Positive = 20.0  # largest norm of a gradient, no unit
     discount: Fraction = 0.99  # worth of the next agent step's return, no unit, in (0, 1)
     n_step: Count = 5  # rewards summed before the value target bootstraps, agent steps
     tau: Share = 0.01  # part of the new weights the value and policy targets take per update, in [0, 1]
-    encoder_tau: Share = 0.01  # the same for the encoder that gives the latent targets, in [0, 1]
+    model_tau: Share = 0.01  # the same for the slow world model, whose latents are predicted and acted on, in [0, 1]
     consistency_weight: NonNegative = 1.0  # weight of the latent consistency loss, no unit
     reward_weight: NonNegative = 0.2  # weight of the reward loss, no unit
     continuation_weight: NonNegative = 0.2  # weight of the continuation loss, no unit
-    policy_penalty: NonNegative = 1e-3  # weight of the squared pre-activations of the policy, no unit
+    policy_penalty: NonNegative = 5e-3  # weight of the squared pre-activations of the policy, no unit
     smooth_std: NonNegative = 0.2  # spread of the noise on target actions, action units (discrete: probability)
     smooth_clip: NonNegative = 0.3  # largest noise on target actions, action units
     seed_steps: Whole = 1000  # random actions before learning starts, agent steps
-    explore_std: NonNegative = 0.2  # first spread of the exploration noise, action units (discrete: probability)
-    explore_std_final: NonNegative = 0.2  # its last spread, action units
+    explore_std: NonNegative = 0.4  # first spread of the exploration noise, action units (discrete: probability)
+    explore_std_final: NonNegative = 0.15  # its last spread, action units
     explore_decay_steps: Whole = 15_000  # agent steps from the first to the last spread
-    explore_correlation: Share = 0.0  # correlation of the noise from step to step, in [0, 1]
+    explore_correlation: Share = 0.6  # correlation of the noise from step to step, in [0, 1]
     plan_samples: Whole = 64  # action sequences per planning iteration, count; 0: the policy acts alone
     plan_iterations: Count = 2  # refinements of the plan for one action, count
     plan_horizon: Count = 3  # how far a plan looks ahead, agent steps

@@ -114,9 +114,6 @@ def test_bound_never_below_exact_and_never_far_above():
         assert sigma(weight) <= float(spectral_norm_bound(weight)) <= sigma(weight) * 1.01
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the Gram matrix overflows float32: the weight becomes 0, its gradient nan"
-)
 def test_enormous_weights_stay_usable():
     weight = (torch.randn(16, 8, generator=generator()) * 1e12).requires_grad_()
     out = UnitSpectralNorm()(weight)
@@ -680,8 +677,10 @@ def test_single_pass_has_the_loops_parameters_and_equals_one_loop(width):
 
 
 def test_stacked_has_one_block_per_loop():
+    """Each a little narrower than the loop's, because each injects anew: 2 T + 1 shares of 3 T."""
     loop, stacked = LoopedDynamics(Z, A, D, 3), StackedDynamics(Z, A, D, 3)
-    assert count(stacked) - count(loop) == 2 * count(loop.cell)
+    widths = [cell.read.weight.shape[0] for cell in stacked.cells]
+    assert sum(widths) == round(2 * D * 7 / 3) and max(widths) - min(widths) <= 1
     assert stacked(*(x.float() for x in inputs(2))).loops.tolist() == [3, 3]
     assert len({id(p) for p in stacked.parameters()}) == len(list(stacked.parameters()))
 
@@ -689,14 +688,14 @@ def test_stacked_has_one_block_per_loop():
 @pytest.mark.parametrize("make", [StackedDynamics, WideDynamics])
 @pytest.mark.parametrize("loops", [2, 4, 8])
 def test_controls_spend_about_the_loops_flops(make, loops):
-    """Their injections cost mean_loops times what the loop pays once, hence up to 1.5 times the loop's."""
+    """Their width allows for the injections, which cost mean_loops times what the loop pays once."""
 
     def flops(dynamics: nn.Module) -> int:
         with FlopCounterMode(display=False) as counter:
             dynamics(torch.randn(4, 64), torch.randn(4, 6), loops)
         return counter.get_total_flops()
 
-    ratio = flops(make(64, 6, 64, loops, loops)) / flops(
+    ratio = flops(make(64, 6, 64, loops, loops, mode="linear")) / flops(
         LoopedDynamics(64, 6, 64, loops, loops, mode="linear")
     )
-    assert 1.0 <= ratio <= 1.5, f"{ratio:.2f}"
+    assert 0.98 <= ratio <= 1.02, f"{ratio:.2f}"

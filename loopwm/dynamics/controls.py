@@ -12,8 +12,16 @@ from loopwm.dynamics.base import Coda, Depth, DynamicsOutput, Prelude, relative_
 from loopwm.dynamics.cell import LoopCell
 
 
+def equal_flops_width(block_dim: int, loops: int) -> int:
+    """Total inner width of unlooped cells that cost what ``loops`` loops of one cell of ``block_dim`` do.
+
+    A loop multiplies by W1 and W2, and by U once for all loops; an unlooped cell by all three: 2 T + 1 against 3 T.
+    """
+    return max(1, round(block_dim * (2 * loops + 1) / 3))
+
+
 class StackedDynamics(nn.Module):
-    """``mean_loops`` cells with weights of their own: the loop's FLOPs, unlooped, with mean_loops times its block.
+    """``mean_loops`` cells with weights of their own: the loop's FLOPs, unlooped (see ``equal_flops_width``).
 
     ``depth`` is accepted and ignored: an unlooped model has the depth it was built with.
     """
@@ -38,14 +46,21 @@ class StackedDynamics(nn.Module):
         halt_tolerance: float = 0.01,
     ):  # depths and halting mean nothing here; the arguments are the loop's, so that one word swaps them
         super().__init__()
-        self.state_dim, self.mean_loops, self.max_loops = hidden_dim, mean_loops, mean_loops
+        self.state_dim = hidden_dim
         self.prelude = Prelude(latent_dim, action_dim, hidden_dim, prelude_layers)
         self.start = nn.Linear(latent_dim, hidden_dim, bias=False) if latent_dim != hidden_dim else nn.Identity()
         self.cells = nn.ModuleList(
-            LoopCell(hidden_dim, block_dim or 2 * hidden_dim, mode, gamma, injection, activation)
-            for _ in range(mean_loops)
+            LoopCell(hidden_dim, width, mode, gamma, injection, activation)
+            for width in self._widths(block_dim or 2 * hidden_dim, mean_loops)
         )
+        self.mean_loops = self.max_loops = len(self.cells)
         self.coda = Coda(hidden_dim, latent_dim, latent_norm)
+
+    @staticmethod
+    def _widths(block_dim: int, loops: int) -> list[int]:
+        """Inner width of each cell."""
+        total = equal_flops_width(block_dim, loops)
+        return [total // loops + (i < total % loops) for i in range(loops)]
 
     def forward(self, z: Tensor, action: Tensor, depth: Depth = None) -> DynamicsOutput:
         """Predict the next latent: z (B, Z), action (B, A) -> ``DynamicsOutput``."""
@@ -84,13 +99,14 @@ class StackedDynamics(nn.Module):
 class SinglePassDynamics(StackedDynamics):
     """The loop's very cell, applied once: the same parameters, a fraction of the FLOPs."""
 
-    def __init__(self, latent_dim: int, action_dim: int, hidden_dim: int, mean_loops: int = 4, max_loops: int = 8, **kw):
-        super().__init__(latent_dim, action_dim, hidden_dim, 1, 1, **kw)
+    @staticmethod
+    def _widths(block_dim: int, loops: int) -> list[int]:
+        return [block_dim]
 
 
 class WideDynamics(StackedDynamics):
-    """One block ``mean_loops`` times as wide, applied once: the loop's FLOPs spent on width."""
+    """One wide block, applied once: the loop's FLOPs spent on width."""
 
-    def __init__(self, latent_dim: int, action_dim: int, hidden_dim: int, mean_loops: int = 4, max_loops: int = 8, **kw):
-        kw["block_dim"] = mean_loops * (kw.get("block_dim") or 2 * hidden_dim)
-        super().__init__(latent_dim, action_dim, hidden_dim, 1, 1, **kw)
+    @staticmethod
+    def _widths(block_dim: int, loops: int) -> list[int]:
+        return [equal_flops_width(block_dim, loops)]

@@ -24,7 +24,9 @@ class Logger:
         self._path = run_dir / "metrics.jsonl"
         if self._path.exists():
             self._drop_after(frames)
-        self._writer = SummaryWriter(str(run_dir), purge_step=frames + 1, flush_secs=10)
+        earlier = any(run_dir.glob("events.out.tfevents.*"))
+        purge = frames + 1 if earlier else None  # TensorBoard then forgets what was logged from there on
+        self._writer = SummaryWriter(str(run_dir), purge_step=purge, flush_secs=10)
         self._file = self._path.open("a", encoding="utf-8")
 
     def _drop_after(self, frames: int) -> None:

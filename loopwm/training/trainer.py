@@ -103,8 +103,8 @@ class Trainer:
                 self.replay.add(self.obs, self.agent.encode_action(action), reward, terminated, self.last)
                 frames = self._count(obs, reward, terminated | truncated)
                 # learn
-                metrics = self.agent.learn(self.replay, self.agent_steps)
-                self.metrics = metrics or self.metrics
+                # parts learn at their own pace: keep the latest of each
+                self.metrics |= self.agent.learn(self.replay, self.agent_steps) or {}
                 self._lap("update", clock)
                 # log, evaluate, checkpoint
                 bar.advance(frames)
