@@ -42,11 +42,15 @@ def mppi(
     horizon, envs, from_policy, action_dim = prior.shape
     drawn = budget.samples - from_policy
     std = torch.full_like(mean, budget.max_std)
-    rows = z.repeat_interleave(budget.samples, 0)  # (N * S, Z)
+    prior_value: Tensor | None = None
     for _ in range(budget.iterations):
         fresh = _draw(mean, std, drawn, generator, discrete)  # (H, N, S - P, A)
         actions = torch.cat([prior, fresh], 2)  # (H, N, S, A)
-        value = score(rows, actions.reshape(horizon, -1, action_dim)).view(envs, budget.samples)
+        if prior_value is None:
+            value = _score_all(score, z, actions)  # (N, S)
+            prior_value = value[:, :from_policy]
+        else:  # the policy's sequences stay what they were, and so does their worth
+            value = torch.cat([prior_value, _score_all(score, z, fresh)], 1)
         elite_value, elite = value.nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9).topk(budget.elites, dim=1)  # (N, E)
         index = elite.view(1, envs, -1, 1).expand(horizon, -1, -1, action_dim)
         chosen = actions.gather(2, index)  # (H, N, E, A)
@@ -59,6 +63,15 @@ def mppi(
         best = mean[0].argmax(-1)
         return torch.nn.functional.one_hot(best, action_dim).to(mean.dtype), mean
     return mean[0].clamp(-1.0, 1.0), mean
+
+
+def _score_all(score: Score, z: Tensor, actions: Tensor) -> Tensor:
+    """z (N, Z), actions (H, N, S, A) -> returns (N, S)."""
+    horizon, envs, samples, action_dim = actions.shape
+    if not samples:
+        return z.new_empty(envs, 0)
+    rows = z.repeat_interleave(samples, 0)  # (N * S, Z)
+    return score(rows, actions.reshape(horizon, -1, action_dim)).view(envs, samples)
 
 
 def _draw(mean: Tensor, std: Tensor, count: int, generator: torch.Generator, discrete: bool) -> Tensor:

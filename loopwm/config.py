@@ -192,7 +192,7 @@ class PlannerConfig(Section):
     consistency_weight: NonNegative = 1.0  # weight of the latent consistency loss, no unit
     reward_weight: NonNegative = 0.2  # weight of the reward loss, no unit
     continuation_weight: NonNegative = 0.2  # weight of the continuation loss, no unit
-    policy_penalty: NonNegative = 5e-3  # weight of the squared pre-activations of the policy, no unit
+    policy_penalty: NonNegative = 2e-3  # weight of the squared pre-activations of the policy, no unit
     smooth_std: NonNegative = 0.2  # spread of the noise on target actions, action units (discrete: probability)
     smooth_clip: NonNegative = 0.3  # largest noise on target actions, action units
     seed_steps: Whole = 1000  # random actions before learning starts, agent steps

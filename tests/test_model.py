@@ -195,7 +195,7 @@ def hand_case() -> dict:
     )
     return {
         "model": SimpleNamespace(reward=Fixed(TwoHot(3, -1.0, 1.0)), continuation=Fixed()),
-        "rollout": Rollout(z, h, torch.ones(2, 2, dtype=torch.int64), []),
+        "rollout": Rollout(z, h, []),
         "z_target": torch.tensor([[[1.0, 4.0], [1.0, 0.0]], [[0.0, 3.0], [0.0, 0.0]]], requires_grad=True),
         "reward": torch.tensor([[0.0, math.e - 1], [-50.0, 123.0]]),
         "terminated": torch.tensor([[0.0, 0.0], [1.0, 1.0]]),

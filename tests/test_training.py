@@ -322,6 +322,22 @@ def test_a_checkpoint_runs_no_code(write, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_checkpoint_appears_whole(tmp_path, monkeypatch):
+    """By one rename, of what is complete and on the disk."""
+    rename, moved = Path.rename, []
+
+    def watched(self: Path, target: Path) -> None:
+        assert not target.exists() and synced[-1] > 0
+        moved.append(torch.load(self / "state.pt", weights_only=True)["x"] if self.is_dir() else None)
+        rename(self, target)
+
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (fsync(handle), synced.append(os.fstat(handle).st_size)))
+    monkeypatch.setattr(Path, "rename", watched)
+    Checkpoints(tmp_path).save(7, {"x": 3}, grown(Replay(60, 2, 3, 2), 5))
+    assert moved == [None, 3] and Checkpoints(tmp_path).frames() == [7]
+
+
 def save_for_ever(folder: Path) -> None:
     keeper, replay = Checkpoints(folder), Replay(300, 2, 3, 2)
     state = keeper.load_newest(replay)
@@ -340,6 +356,7 @@ def test_kill_at_any_moment_of_writing(tmp_path):
         replay = Replay(300, 2, 3, 2)
         state = Checkpoints(tmp_path).load_newest(replay)
         if state is not None:
+            assert state["step"] == Checkpoints(tmp_path).frames()[-1], "what is visible is whole"
             assert state["step"] >= seen and (state["weights"] == state["step"]).all()
             assert_rows(replay, 5 * state["step"])
             seen = state["step"]

@@ -26,8 +26,12 @@ class Rollout(NamedTuple):
 
     z: Tensor  # (H + 1, B, Z), z[0] the start
     h: Tensor  # (H, B, D), loop states: z[t], action[t] -> h[t] -> z[t + 1], reward[t]
-    loops: Tensor  # (H, B) int64
     outputs: list[DynamicsOutput]
+
+    @property
+    def loops(self) -> Tensor:
+        """(H, B) int64, how often the block was applied; stacked when asked for."""
+        return torch.stack([out.loops for out in self.outputs])
 
 
 class WorldModel(nn.Module):
@@ -68,8 +72,7 @@ class WorldModel(nn.Module):
             zs.append(out.z_next)
             hs.append(out.h)
             outputs.append(out)
-        loops = torch.stack([out.loops for out in outputs])
-        return Rollout(torch.stack(zs), torch.stack(hs), loops, outputs)
+        return Rollout(torch.stack(zs), torch.stack(hs), outputs)
 
     def predict(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Loop states h (..., D) -> reward (...,) and continuation probability (...,)."""
