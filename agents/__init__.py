@@ -54,7 +54,7 @@ def make_agent(cfg: Config, obs_dim: int, action_dim: int, discrete: bool, devic
     world_model = make_world_model(cfg, obs_dim, action_dim).to(device)
     policy = (DiscretePolicy if discrete else ContinuousPolicy)(z, action_dim, c.policy_dim).to(device)
     value = ValueEnsemble(z, action_dim, c.value_dim).to(device)
-    return AGENTS[c.name](world_model, policy, value, action_dim, c, seed=cfg.seed, device=device)
+    return AGENTS[c.name](world_model, policy, value, obs_dim, action_dim, c, seed=cfg.seed, device=device)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -25,7 +25,8 @@ class PlannerAgent:
     """See the module. Implements ``loopwm.training.protocols.Agent``.
 
     Args:
-        world_model, policy, value: on ``device``. config: every coefficient. seed: of exploration, depths and planning.
+        world_model, policy, value: on ``device``. obs_dim: O. action_dim: A.
+        config: every coefficient. seed: of exploration, depths and planning.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class PlannerAgent:
         world_model: WorldModel,
         policy: ContinuousPolicy | DiscretePolicy,
         value: ValueEnsemble,
+        obs_dim: int,
         action_dim: int,
         config: PlannerConfig,
         *,
@@ -40,6 +42,7 @@ class PlannerAgent:
         device: torch.device,
     ):
         self.world_model, self.policy, self.value = world_model, policy, value
+        self.obs_dim = obs_dim
         self.action_dim, self.discrete, self.config, self.device = action_dim, policy.discrete, config, device
         self.parameter_counts = {
             "encoder": _count(world_model.encoder),

@@ -90,7 +90,7 @@ def curve(run_dir: Path, tag: str = "eval/return") -> list[tuple[int, float]]:
 
 def at_frames(points: list[tuple[int, float]], frames: int) -> float:
     """The value of the last point at or before ``frames`` (evaluations fall a few frames after their mark)."""
-    return next(value for at, value in reversed(points) if at <= frames * 1.01)
+    return next(value for at, value in reversed(points) if at <= frames + 64)
 
 
 def train(run_dir: Path, overrides: Sequence[str], core: int | None = None) -> Path:

@@ -187,8 +187,8 @@ class PlannerConfig(Section):
     clip_norm: Positive = 20.0  # largest norm of a gradient, no unit
     discount: Fraction = 0.99  # worth of the next agent step's return, no unit, in (0, 1)
     n_step: Count = 5  # rewards summed before the value target bootstraps, agent steps
-    tau: Share = 0.01  # part of the new weights the value and policy targets take per update, in [0, 1]
-    model_tau: Share = 0.01  # the same for the slow world model, whose latents are predicted and acted on, in [0, 1]
+    tau: Share = 0.02  # part of the new weights the value and policy targets take per update, in [0, 1]
+    model_tau: Share = 0.02  # the same for the slow world model, whose latents are predicted and acted on, in [0, 1]
     consistency_weight: NonNegative = 1.0  # weight of the latent consistency loss, no unit
     reward_weight: NonNegative = 0.2  # weight of the reward loss, no unit
     continuation_weight: NonNegative = 0.2  # weight of the continuation loss, no unit
@@ -201,7 +201,7 @@ class PlannerConfig(Section):
     explore_decay_steps: Whole = 15_000  # agent steps from the first to the last spread
     explore_correlation: Share = 0.6  # correlation of the noise from step to step, in [0, 1]
     plan_samples: Whole = 64  # action sequences per planning iteration, count; 0: the policy acts alone
-    plan_iterations: Count = 2  # refinements of the plan for one action, count
+    plan_iterations: Count = 1  # refinements of the plan for one action, count
     plan_horizon: Count = 3  # how far a plan looks ahead, agent steps
     plan_loops: Whole = 4  # loops in each prediction while planning; 0: adaptive
     plan_policy_std: NonNegative = 0.2  # spread of the perturbed policy sequences of a plan, action units

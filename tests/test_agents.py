@@ -287,7 +287,8 @@ def test_value_ensemble_has_independent_members():
     assert value(z, action).shape == (3, 2, 7, 63) and value.values(z, action).shape == (3, 2, 7)
     nn.init.normal_(value.members[1][-1].weight)
     values = value.values(z, action)
-    torch.testing.assert_close(values[0], values[2])
+    # untrained members say zero, but for rounding over values as far as +-symexp(8)
+    torch.testing.assert_close(values[0], values[2], atol=1e-2, rtol=0)
     assert not torch.allclose(values[0], values[1])
 
 
@@ -579,7 +580,7 @@ def test_value_learns_its_target():
     agent = make(learning_rate=0.01)
     z, action = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(20, A)
     target = torch.linspace(-30, 30, 20)
-    for _ in range(200):
+    for _ in range(500):
         agent._update_value(z, action, target)
     learnt = agent.value.values(z, action).detach()
     torch.testing.assert_close(learnt, target.expand(2, -1), atol=3.0, rtol=0.15)

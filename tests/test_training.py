@@ -45,10 +45,12 @@ from loopwm.training.trainer import Schedule, Trainer
 from loopwm.training.video import VideoError, film_episode
 
 EVERY = ["eval_every=300", "checkpoint_every=150", "log_every=50", "frames=600"]
+PLAN = ["agent.plan_collect=true", "agent.plan_samples=24", "agent.plan_horizon=2"]
 CASES = {
     "swingup": [*SWINGUP, *EVERY],
     "cartpole-3-envs": [*CARTPOLE, *EVERY, "num_envs=3"],
-    "plan-collect": [*SWINGUP, *EVERY, "agent.plan_collect=true", "agent.plan_samples=24", "num_envs=2"],
+    "plan-collect": [*SWINGUP, *EVERY, *PLAN, "num_envs=2", "task.action_repeat=30"],
+    "global-streams": [*CARTPOLE, *EVERY, "task=gym/Drawing-v0"],
     "ring-wraps": [*CARTPOLE, *EVERY, "replay.capacity=200"],
 }
 
@@ -174,6 +176,20 @@ def test_resuming_a_finished_run_changes_nothing(straight, tmp_path):
     shutil.copytree(straight("swingup"), tmp_path / "run")
     assert run(tmp_path / "run", *CASES["swingup"], "resume=true") == 0
     assert_same_run(straight("swingup"), tmp_path / "run")
+
+
+class DrawingEnv(gymnasium.Wrapper):
+    """CartPole that moves the global random streams, as packages of others may."""
+
+    def __init__(self, **_):
+        super().__init__(gymnasium.make("CartPole-v1"))
+
+    def step(self, action):
+        random.random(), np.random.rand(), torch.rand(())
+        return self.env.step(action)
+
+
+gymnasium.register("Drawing-v0", DrawingEnv)
 
 
 class ForgetfulEnv(gymnasium.Env):
@@ -566,6 +582,18 @@ def test_tensorboard_says_what_metrics_jsonl_says(straight):
     assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= {
         t for t, p in plugins.items() if p == "hparams"
     }
+
+
+def test_a_checkpoint_takes_the_curves_along(tmp_path, monkeypatch):
+    """What TensorBoard is to show of the frames before it must not be lost in a kill after it."""
+    trainer, seen = counting_trainer(tmp_path, frames=200, checkpoint_every=100), []
+
+    def look(*_):
+        seen.append(len(events(tmp_path).Scalars("train/agent_steps")))
+
+    monkeypatch.setattr(trainer.checkpoints, "save", look)
+    trainer.run()
+    assert seen == [2, 4]
 
 
 def test_logger_drops_torn_and_later_lines(tmp_path):

@@ -26,6 +26,7 @@ TINY = [
 ]
 CARTPOLE = ["task=gym/CartPole-v1", *TINY]  # short episodes of many lengths, discrete actions
 SWINGUP = ["task=dmc/cartpole-swingup", "task.action_repeat=20", *TINY]  # 50 steps an episode
+SWINGUP += ["agent.seed_steps=4", "agent.update_ratio=1"]
 
 
 def run(run_dir: Path, *words: str) -> int:

@@ -1,0 +1,77 @@
+"""Learning curves of benchmark results as PNG: python -m benchmarks.figures docs/results/*.json --out docs/figures"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+COLORS = {"looped": "#1b6ca8", "single_pass": "#d1495b", "stacked": "#edae49", "wide": "#66a182"}
+
+
+def published(path: Path | None, task: str) -> dict[str, list[tuple[int, float]]]:
+    """(frames, mean return) of published methods on a DMC task, from a csv of task, method, frames, mean."""
+    if path is None:
+        return {}
+    curves: dict[str, list[tuple[int, float]]] = {}
+    with path.open() as file:
+        for row in csv.DictReader(line for line in file if not line.startswith("#")):
+            if f"dmc/{row['task']}" == task and row["method"] in ("tdmpc2", "mrq"):
+                curves.setdefault(row["method"], []).append((int(row["frames"]), float(row["mean"])))
+    return curves
+
+
+def draw(task: str, rows: list[dict], out: Path, anchors: dict[str, list[tuple[int, float]]]) -> Path:
+    """One task: mean and range over seeds of each dynamics, and published means as dashed lines."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), dpi=130)
+    furthest = 0
+    for name, color in COLORS.items():
+        curves = [row["curve"] for row in rows if row["dynamics"] == name]
+        if not curves:
+            continue
+        length = min(len(c) for c in curves)
+        x = np.array([point[0] for point in curves[0][:length]])
+        y = np.array([[point[1] for point in c[:length]] for c in curves])  # (seeds, evaluations)
+        axes.plot(x, y.mean(0), color=color, label=f"{name} ({len(curves)} seeds)")
+        axes.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, linewidth=0)
+        furthest = max(furthest, x[-1])
+    for method, points in anchors.items():
+        near = [point for point in points if point[0] <= furthest]
+        if near:
+            axes.plot(*zip(*near, strict=True), "--", color="#777777" if method == "mrq" else "#bbbbbb", label=method)
+    axes.set(xlabel="env frames", ylabel="evaluation return", title=task, xlim=(0, furthest))
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    path = out / f"{task.split('/', 1)[1]}.png"
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+def main(arguments: list[str]) -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("results", type=Path, nargs="+", help="JSON files of benchmarks.returns")
+    p.add_argument("--out", type=Path, default=Path("docs/figures"))
+    p.add_argument("--published", type=Path, help="csv of published returns, drawn as dashed lines")
+    args = p.parse_args(arguments)
+    by_task: dict[str, list[dict]] = {}
+    for path in args.results:
+        result = json.loads(path.read_text())
+        for row in result["rows"] if result["benchmark"] == "returns" else []:
+            by_task.setdefault(row["task"], []).append(row)
+    for task, rows in by_task.items():
+        print(draw(task, rows, args.out, published(args.published, task)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
