@@ -29,9 +29,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", type=Path, help="what train.py wrote")
     parser.add_argument("--episodes", type=count, default=10)
-    parser.add_argument(
-        "--loops", type=count, help="loops in each prediction while planning (default: the run's)"
-    )
+    parser.add_argument("--loops", type=count, help="loops in each prediction while planning (default: the run's)")
     parser.add_argument("--samples", type=whole, help="action sequences in a plan; 0: the policy alone acts")
     parser.add_argument("--seed", type=whole, default=2**34, help="of the episodes")
     parser.add_argument("--video", type=Path, metavar="FILE.mp4", help="film the first episode")
@@ -62,9 +60,7 @@ def main(arguments: list[str]) -> int:
         "loops": args.loops or cfg.agent.plan_loops or "adaptive",
     }
     line = f"{summary['task']}  return {summary['eval_return_mean']:.2f} +- {summary['eval_return_std']:.2f}"
-    print(
-        json.dumps(summary) if args.json else f"{line}  ({args.episodes} episodes, {frames:,} frames trained)"
-    )
+    print(json.dumps(summary) if args.json else f"{line}  ({args.episodes} episodes, {frames:,} frames trained)")
     if args.video:
         try:
             film_episode(agent, functools.partial(make, 1, render=True), args.seed, args.video)

@@ -32,7 +32,7 @@ class ContinuousPolicy(nn.Module):
 
 
 class DiscretePolicy(nn.Module):
-    """z (..., Z) -> one-hot action (..., A), straight-through Gumbel-softmax (1611.01144) so that dQ/da reaches it."""
+    """z (..., Z) -> one-hot action (..., A) of the best logit, with the softmax's gradient (1308.3432)."""
 
     discrete = True
 
@@ -42,7 +42,7 @@ class DiscretePolicy(nn.Module):
         self.temperature = temperature
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(one-hot action (..., A) of the best logit, logits (..., A)); the gradient is the softmax's."""
+        """(one-hot action (..., A), logits (..., A)), so that dQ/da reaches the logits."""
         logits = self.layers(z)
         soft = torch.softmax(logits / self.temperature, -1)
         hard = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(soft.dtype)
@@ -57,7 +57,7 @@ class DiscretePolicy(nn.Module):
 
 
 class ValueEnsemble(nn.Module):
-    """``members`` independent state-action values, each a two-hot distribution in symlog space (TD-MPC2, 2310.16828)."""
+    """``members`` independent state-action values, each a two-hot distribution (TD-MPC2, 2310.16828)."""
 
     def __init__(
         self, latent_dim: int, action_dim: int, hidden_dim: int, members: int = 2, bins: int = 63, limit: float = 8.0

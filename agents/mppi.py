@@ -1,4 +1,4 @@
-"""Model predictive path integral control in latent space, with the policy as its prior (TD-MPC2, 2310.16828 sec. 3.2)."""
+"""Model predictive path integral control in latent space, with the policy as its prior (after TD-MPC2, 2310.16828)."""
 
 from __future__ import annotations
 

@@ -230,7 +230,11 @@ class PlannerAgent:
         with model.frozen():
             rollout = model.rollout(model.encode(obs[0]), action, depth)
             losses = world_model_losses(model, rollout, z_target, reward, terminated, mask)
-            weights = {"consistency": c.consistency_weight, "reward": c.reward_weight, "continuation": c.continuation_weight}
+            weights = {
+                "consistency": c.consistency_weight,
+                "reward": c.reward_weight,
+                "continuation": c.continuation_weight,
+            }
             total = weighted_sum(losses, weights)
             self.model_optimizer.zero_grad()
             total.backward()
@@ -268,7 +272,6 @@ class PlannerAgent:
         self.value.requires_grad_(True)
         norm = self.policy_optimizer.step()
         return {"loss/policy": loss.detach(), "loss/policy_gradient": norm}
-
 
     # ---- looking and keeping ------------------------------------------------------------------------------------
 

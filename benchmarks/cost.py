@@ -28,7 +28,7 @@ print((end - start) / 1024, end / 1024)
 """
 
 
-def learning_rate_of_frames(args, seeds: range, dynamics: str) -> list[float]:
+def frames_per_second(args, seeds: range, dynamics: str) -> list[float]:
     """Frames/s of env, act and update together, from the first update on (evaluations are not in it)."""
     rates = []
     for seed in seeds:
@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> None:
     seeds = range(1 if args.quick else 5)
     rows, headline = [], {}
     for dynamics in ("looped",) if args.quick else ("looped", "single_pass", "stacked", "wide"):
-        rates = learning_rate_of_frames(args, seeds, dynamics)
+        rates = frames_per_second(args, seeds, dynamics)
         rows.append({"dynamics": dynamics, "frames_per_second": rates})
         headline[f"frames/s learning, cartpole, {dynamics}"] = spread(rates)
     for name, dims in (("cartpole-swingup", (5, 1)), ("cheetah-run", (17, 6)), ("walker-walk", (24, 6))):

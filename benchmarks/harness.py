@@ -94,7 +94,7 @@ def at_frames(points: list[tuple[int, float]], frames: int) -> float:
 
 
 def train(run_dir: Path, overrides: Sequence[str], core: int | None = None) -> Path:
-    """Train to the end as a user would, on one core and thread if ``core`` is given; a finished run is kept as it is."""
+    """Train to the end as a user would, on one core and thread if ``core`` is given; a finished run is kept."""
     summary = run_dir / "summary.json"
     if summary.exists() and json.loads(summary.read_text())["finished"]:
         return run_dir

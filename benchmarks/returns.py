@@ -1,6 +1,6 @@
 """Return by env frames over seeds: any task, the loop and its controls.
 
-python -m benchmarks.returns --task dmc/cartpole-swingup --frames 50000 --seeds 5 --dynamics looped single_pass stacked wide
+python -m benchmarks.returns --task dmc/cup-catch --frames 100000 --seeds 3 --dynamics looped single_pass stacked wide
 """
 
 from __future__ import annotations

@@ -49,9 +49,7 @@ class EpisodeEnv(gymnasium.Wrapper):
         self._running = False  # False: no episode, or restored but not yet stepped
         self._restored: tuple[np.ndarray | int | None, np.ndarray] | None = None  # last action, obs before it
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """Start the next episode, or with `seed` episode 0 of that base seed. Return obs (O,) and the info.
 
         Raises:

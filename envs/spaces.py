@@ -58,9 +58,7 @@ def _flatten_function(space: Space) -> Callable[[Any], np.ndarray]:
         return lambda obs: np.array(obs, dtype=np.float32).reshape(-1)
     if isinstance(space, Dict) and all(isinstance(leaf, Box) for leaf in space.spaces.values()):
         keys = tuple(space.spaces)
-        return lambda obs: np.concatenate(
-            [np.ravel(obs[k]) for k in keys], dtype=np.float32, casting="unsafe"
-        )
+        return lambda obs: np.concatenate([np.ravel(obs[k]) for k in keys], dtype=np.float32, casting="unsafe")
     return lambda obs: flatten(space, obs).astype(np.float32)
 
 

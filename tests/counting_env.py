@@ -25,9 +25,7 @@ class CountingEnv(gymnasium.Env):
         self._episode, self._step = -1, 0
         self._buffer = np.zeros(2, np.float32)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
         self._episode, self._step = self._episode + 1, 0
         return self._observation(), {"seed": seed}

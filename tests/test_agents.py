@@ -31,9 +31,7 @@ def config(seed: int = 0, dynamics: dict | None = None, encoder: dict | None = N
     return Config(
         TaskConfig("dmc", "dmc/cartpole-swingup"),
         EncoderConfig(**{"latent_dim": 6, "hidden_dim": 16} | (encoder or {})),
-        DynamicsConfig(
-            **{"hidden_dim": 8, "block_dim": 8, "mean_loops": 3, "max_loops": 6} | (dynamics or {})
-        ),
+        DynamicsConfig(**{"hidden_dim": 8, "block_dim": 8, "mean_loops": 3, "max_loops": 6} | (dynamics or {})),
         PlannerConfig(**SMALL | agent),
         seed=seed,
     )
@@ -89,9 +87,7 @@ def same(a, b) -> bool:
 BUDGET = PlanBudget(samples=256, iterations=8, horizon=2, policy_samples=16, elites=24)
 
 
-def run_mppi(
-    score, z: torch.Tensor, discrete: bool = False, budget: PlanBudget = BUDGET, prior=None, seed: int = 0
-):
+def run_mppi(score, z: torch.Tensor, discrete: bool = False, budget: PlanBudget = BUDGET, prior=None, seed: int = 0):
     envs = z.shape[0]
     mean = torch.full((budget.horizon, envs, A), 1.0 / A if discrete else 0.0)
     if prior is None:
@@ -133,9 +129,7 @@ def test_mppi_prefers_a_policy_that_knows():
     z = targets()
     prior = torch.zeros(2, 3, 4, A)
     prior[:, :, 2] = unpack(z)
-    torch.testing.assert_close(
-        run_mppi(quadratic, z, budget=budget, prior=prior)[1], unpack(z), atol=1e-3, rtol=0
-    )
+    torch.testing.assert_close(run_mppi(quadratic, z, budget=budget, prior=prior)[1], unpack(z), atol=1e-3, rtol=0)
 
 
 def test_mppi_finds_the_best_discrete_sequence():
@@ -490,9 +484,7 @@ def test_the_value_is_read_where_the_sequence_ends(monkeypatch):
 
 def test_smoothing_noise_is_clipped(monkeypatch):
     agent, seen = make(smooth_std=100.0, smooth_clip=0.1), []
-    monkeypatch.setattr(
-        agent.value_target, "values", lambda z, action: seen.append(action) or torch.zeros(2, 50)
-    )
+    monkeypatch.setattr(agent.value_target, "values", lambda z, action: seen.append(action) or torch.zeros(2, 50))
     z = torch.randn(50, 6)
     agent._value_target(z, *torch.zeros(2, 3, 50), torch.ones(3, 50))
     with torch.no_grad():
@@ -507,9 +499,7 @@ def test_smoothing_noise_is_clipped(monkeypatch):
 def test_update_moves_every_part(discrete):
     agent, replay = make(discrete), filled_replay(discrete)
     before = weights(agent)
-    named = [
-        (module, dict(module.named_parameters())) for module in (agent.world_model, agent.value, agent.policy)
-    ]
+    named = [(module, dict(module.named_parameters())) for module in (agent.world_model, agent.value, agent.policy)]
     metrics = agent.update(replay)
     assert changed(before, weights(agent)) == before.keys()
     assert agent.updates == 1 and agent.value_optimizer.flat.requires_grad
@@ -670,9 +660,7 @@ def test_every_dynamics_trains_acts_and_is_looked_at(name):
     assert found["loop/mean"] >= 1.0
     counts = dict(agent.parameter_counts)
     modules = (agent.world_model, agent.policy, agent.value)
-    assert (
-        counts.pop("total") == sum(counts.values()) == sum(p.numel() for m in modules for p in m.parameters())
-    )
+    assert counts.pop("total") == sum(counts.values()) == sum(p.numel() for m in modules for p in m.parameters())
 
 
 @pytest.mark.parametrize(

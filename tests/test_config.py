@@ -75,7 +75,7 @@ MISTAKES = [
     (["agent.tau=1.1"], "between 0 and 1"),
     (["dynamics.gamma=1"], "between 0 and 1"),
     (["dynamics.gamma=0"], "between 0 and 1"),
-    (["dynamics.halt_tolerance=-0.1"], "at least 0"),
+    (["dynamics.halt_tolerance=-0.1"], "above 0"),
     (["replay.capacity=0"], "at least 1"),
     (["dynamics.mean_loops=9"], "at most dynamics.max_loops=8"),
     (["dynamics.min_loops=9"], "at most dynamics.max_loops=8"),
@@ -257,9 +257,7 @@ def _assert_unreadable(path: Path, expected: str) -> None:
 def test_flatten_gives_scalars_by_dotted_keys() -> None:
     cfg = load_config(["dynamics.mean_loops=3"])
     flat = flatten(cfg)
-    assert (
-        flat["dynamics.mean_loops"] == 3 and flat["seed"] == 0 and flat["task.id"] == "dmc/cartpole-swingup"
-    )
+    assert flat["dynamics.mean_loops"] == 3 and flat["seed"] == 0 and flat["task.id"] == "dmc/cartpole-swingup"
     assert all(isinstance(value, bool | int | float | str) for value in flat.values())
     assert load_config([f"{key}={value}" for key, value in flat.items()]) == cfg
 
@@ -286,9 +284,7 @@ def test_every_field_says_what_it_means() -> None:
         for node in cls.body:
             if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation):
                 above = node.lineno - 1  # a comment on a line of its own counts for the field under it
-                text = (
-                    comments.get(node.end_lineno) or (above not in code_lines and comments.get(above)) or ""
-                )
+                text = comments.get(node.end_lineno) or (above not in code_lines and comments.get(above)) or ""
                 assert len(text) > 5, f"{cls.name}.{ast.unparse(node.target)} has no comment"
                 seen += 1
     sections = (TaskConfig, EncoderConfig, DynamicsConfig, PlannerConfig, ReplayConfig, Config)

@@ -67,9 +67,7 @@ def orthogonal(rows: int, columns: int) -> torch.Tensor:
 
 
 def rank_one(rows: int, columns: int) -> torch.Tensor:
-    return torch.outer(
-        torch.randn(rows, generator=generator(1)), torch.randn(columns, generator=generator(2))
-    )
+    return torch.outer(torch.randn(rows, generator=generator(1)), torch.randn(columns, generator=generator(2)))
 
 
 def two_flat(rows: int, columns: int) -> torch.Tensor:
@@ -85,9 +83,7 @@ MATRICES = {
     "flat": orthogonal,
     "two flat": two_flat,
     "diagonal": lambda m, n: torch.eye(m, n) * torch.linspace(0.1, 3.0, n),
-    "one entry": lambda m, n: torch.zeros(m, n).index_put(
-        (torch.tensor(0), torch.tensor(1)), torch.tensor(9.0)
-    ),
+    "one entry": lambda m, n: torch.zeros(m, n).index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(9.0)),
     "zero": torch.zeros,
 }
 
@@ -152,9 +148,7 @@ def test_gradient_outside_the_ball(shape):
     weight = separated(*shape).requires_grad_()
     assert torch.autograd.gradcheck(UnitSpectralNorm(), (weight,), eps=1e-6, atol=1e-3, rtol=1e-3)
     UnitSpectralNorm()(weight).backward(torch.randn(*shape, generator=generator(), dtype=DOUBLE))
-    assert abs((weight.grad * weight).sum()) < 1e-3 * weight.grad.norm() * weight.norm(), (
-        "growing changes nothing"
-    )
+    assert abs((weight.grad * weight).sum()) < 1e-3 * weight.grad.norm() * weight.norm(), "growing changes nothing"
 
 
 # ---- the certificate -----------------------------------------------------------------------------
@@ -248,9 +242,7 @@ def test_certificate_holds_after_every_step_of_training(name, loss):
         loss(dynamics(z, action, 4).h).backward()
         adam.step()
         assert dynamics.lipschitz_bound() < 1.0
-    assert sigma(dynamics.cell.read.parametrizations.weight.original) > 2.0, (
-        "training pushed against the bound"
-    )
+    assert sigma(dynamics.cell.read.parametrizations.weight.original) > 2.0, "training pushed against the bound"
     assert sigma(dynamics.cell.write.weight) > 0.9
     assert dynamics.measured_contraction(z, action, 20) <= dynamics.lipschitz_bound() * (1 + 1e-3)
 
@@ -258,9 +250,7 @@ def test_certificate_holds_after_every_step_of_training(name, loss):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_all_starts_reach_one_fixed_point_within_the_certified_distance(activation):
     dynamics = looped(scale=2.0, activation=activation)
-    h = torch.randn(6, D, generator=generator(), dtype=DOUBLE) * torch.logspace(
-        -2, 2, 6, dtype=DOUBLE
-    ).unsqueeze(1)
+    h = torch.randn(6, D, generator=generator(), dtype=DOUBLE) * torch.logspace(-2, 2, 6, dtype=DOUBLE).unsqueeze(1)
     with torch.no_grad():
         loop = loop_for(dynamics, torch.randn(1, D, generator=generator(5), dtype=DOUBLE).expand(6, D))
         states = [h]
@@ -325,9 +315,7 @@ def test_one_loop_by_hand():
         cell.write.parametrizations.weight.original.copy_(torch.tensor([[0.0, 0.2], [0.4, 0.0]]))
         cell.inject.weight.copy_(torch.eye(2))
         cell.inject.bias.copy_(torch.tensor([1.0, -1.0]))
-        h_next = cell.prepare(torch.tensor([[1.0, 2.0]], dtype=DOUBLE))(
-            torch.tensor([[2.0, -4.0]], dtype=DOUBLE)
-        )
+        h_next = cell.prepare(torch.tensor([[1.0, 2.0]], dtype=DOUBLE))(torch.tensor([[2.0, -4.0]], dtype=DOUBLE))
     decay = 0.2**0.5
     g, inner = 0.5 * (1 - decay), (0.5 * 2 + 1 + 1, -0.5 * -4 + 2 - 1)
     expected = [
@@ -347,9 +335,7 @@ def test_start_is_a_contraction_at_parcaes_decay():
 # ---- depth ---------------------------------------------------------------------------------------
 
 
-def by_hand(
-    dynamics: LoopedDynamics, z: torch.Tensor, action: torch.Tensor, depth: int
-) -> list[torch.Tensor]:
+def by_hand(dynamics: LoopedDynamics, z: torch.Tensor, action: torch.Tensor, depth: int) -> list[torch.Tensor]:
     """h[0] .. h[depth]."""
     loop, states = loop_for(dynamics, dynamics.prelude(z, action)), [dynamics.start(z)]
     for _ in range(depth):
@@ -371,9 +357,7 @@ def test_integer_depth_is_exact_also_beyond_max_loops(depth):
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])
-@pytest.mark.parametrize(
-    "depths", [[3, 1, 11, 4, 1, 3], [5, 4, 4, 1, 1, 1], [2] * 6, [1, 2, 3, 4, 5, 6]], ids=str
-)
+@pytest.mark.parametrize("depths", [[3, 1, 11, 4, 1, 3], [5, 4, 4, 1, 1, 1], [2] * 6, [1, 2, 3, 4, 5, 6]], ids=str)
 def test_depth_per_sample_equals_one_call_per_sample(depths, activation):
     dynamics = looped(activation=activation)
     z, action = inputs(6)
@@ -392,9 +376,7 @@ def test_schedule_counts_the_samples_still_looping():
     assert DepthSchedule(torch.tensor([4, 2, 1])).order is None, "sorted depths need no permutation"
 
 
-@pytest.mark.parametrize(
-    "depth", [0, -1, *map(torch.tensor, ([1, 0, 2], [1, -3, 2], [1.0, 2.0, 3.0], [[1, 2, 3]]))]
-)
+@pytest.mark.parametrize("depth", [0, -1, *map(torch.tensor, ([1, 0, 2], [1, -3, 2], [1.0, 2.0, 3.0], [[1, 2, 3]]))])
 def test_impossible_depths_are_refused(depth):
     with pytest.raises(ValueError, match="depth must be"):
         looped()(*inputs(3), depth)
@@ -436,9 +418,7 @@ def test_adaptive_depth_passes_gradients():
     dynamics = looped(scale=0.5, max_loops=12, halt_tolerance=0.05)
     z, action = inputs(6)
     out = dynamics(z, action)
-    expected = torch.autograd.grad(
-        dynamics(z, action, out.loops).z_next.square().sum(), list(dynamics.parameters())
-    )
+    expected = torch.autograd.grad(dynamics(z, action, out.loops).z_next.square().sum(), list(dynamics.parameters()))
     given = torch.autograd.grad(out.z_next.square().sum(), list(dynamics.parameters()))
     for a, b in zip(given, expected, strict=True):
         torch.testing.assert_close(a, b)
@@ -660,9 +640,7 @@ def test_every_dynamics_has_the_same_interface(name, mode):
 
 @pytest.mark.parametrize("width", [8, 64])
 def test_single_pass_has_the_loops_parameters_and_equals_one_loop(width):
-    loop, single = (
-        make(Z, A, width, mode="certified").double() for make in (LoopedDynamics, SinglePassDynamics)
-    )
+    loop, single = (make(Z, A, width, mode="certified").double() for make in (LoopedDynamics, SinglePassDynamics))
     assert count(single) == count(loop)
     single.prelude, single.coda, single.start, single.cells[0] = (
         loop.prelude,
@@ -678,7 +656,7 @@ def test_single_pass_has_the_loops_parameters_and_equals_one_loop(width):
 
 def test_stacked_has_one_block_per_loop():
     """Each a little narrower than the loop's, because each injects anew: 2 T + 1 shares of 3 T."""
-    loop, stacked = LoopedDynamics(Z, A, D, 3), StackedDynamics(Z, A, D, 3)
+    stacked = StackedDynamics(Z, A, D, 3)
     widths = [cell.read.weight.shape[0] for cell in stacked.cells]
     assert sum(widths) == round(2 * D * 7 / 3) and max(widths) - min(widths) <= 1
     assert stacked(*(x.float() for x in inputs(2))).loops.tolist() == [3, 3]

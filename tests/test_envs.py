@@ -120,9 +120,7 @@ def test_nested_observations_become_one_vector():
     expected = np.concatenate([one_hot, native["a"][1], native["b"].ravel()]).astype(np.float32)
     np.testing.assert_array_equal(obs, expected)
     assert env.observation_space.contains(obs)
-    boxes = Dict(
-        {"b": Box(0, 1, (2, 2), np.float64), "a": Box(0, 1, (), np.float64)}
-    )  # has a path of its own
+    boxes = Dict({"b": Box(0, 1, (2, 2), np.float64), "a": Box(0, 1, (), np.float64)})  # has a path of its own
     obs, info = spaces_env(observation_space=boxes).reset(seed=0)
     expected = np.concatenate([[info["obs"]["a"]], info["obs"]["b"].ravel()]).astype(np.float32)
     np.testing.assert_array_equal(obs, expected)
@@ -177,9 +175,7 @@ def test_action_of_a_wrong_shape_is_refused():
         env.step(np.zeros(1, np.float32))  # would otherwise be broadcast
 
 
-@pytest.mark.parametrize(
-    ("task", "flags"), [("Counting-v0", (True, False)), ("CountingTruncated-v0", (False, True))]
-)
+@pytest.mark.parametrize(("task", "flags"), [("Counting-v0", (True, False)), ("CountingTruncated-v0", (False, True))])
 def test_action_repeat_sums_rewards_and_stops_at_the_end(task, flags):
     env = make_env(f"gym/{task}", action_repeat=3)  # episodes of five frames with rewards 1 2 3 4 5
     env.reset()

@@ -100,9 +100,7 @@ def test_symlog_and_symexp_are_inverse():
 def test_latents_have_mean_zero_and_variance_one():
     z = LatentNorm(8)(torch.randn(3, 4, 8, dtype=torch.float64) * 50 + 7)
     torch.testing.assert_close(z.mean(-1), torch.zeros(3, 4, dtype=torch.float64), atol=1e-9, rtol=0)
-    torch.testing.assert_close(
-        z.var(-1, correction=0), torch.ones(3, 4, dtype=torch.float64), atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(z.var(-1, correction=0), torch.ones(3, 4, dtype=torch.float64), atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="at least 2"):
         LatentNorm(1)
 
@@ -128,9 +126,7 @@ def test_heads_start_neutral():
 
 
 @pytest.mark.parametrize("name", DYNAMICS)
-@pytest.mark.parametrize(
-    "depth", [None, 4, torch.tensor([1, 5, 2, 2, 3])], ids=["adaptive", "4", "per sample"]
-)
+@pytest.mark.parametrize("depth", [None, 4, torch.tensor([1, 5, 2, 2, 3])], ids=["adaptive", "4", "per sample"])
 def test_rollout_is_repeated_step(name, depth):
     model, (obs, actions) = make(name), inputs()
     z = model.encode(obs)
@@ -154,9 +150,7 @@ def test_rollout_is_repeated_step(name, depth):
 def test_rollout_stays_on_the_scale_of_the_encoder(name):
     model, (obs, actions) = make(name), inputs()
     z = model.rollout(model.encode(obs), actions.repeat(10, 1, 1) * 100, 2).z
-    torch.testing.assert_close(
-        z.square().mean(-1), torch.ones(z.shape[:2], dtype=torch.float64), atol=1e-3, rtol=0
-    )
+    torch.testing.assert_close(z.square().mean(-1), torch.ones(z.shape[:2], dtype=torch.float64), atol=1e-3, rtol=0)
 
 
 def test_frozen_rollout_trains_like_any_other():
@@ -187,12 +181,8 @@ class Fixed(nn.Module):
 
 def hand_case() -> dict:
     """H = 2, B = 2, Z = 2; the second step of the second sequence is masked."""
-    h = torch.tensor(
-        [[[0.0, 0, 0, 0], [2.0, 1, 0, 0]], [[-1.0, 0, 0, 3], [9.0, 9, 9, 9]]], requires_grad=True
-    )
-    z = torch.tensor(
-        [[[5.0, 5.0]] * 2, [[1.0, 2.0], [0.0, 0.0]], [[3.0, 3.0], [7.0, 7.0]]], requires_grad=True
-    )
+    h = torch.tensor([[[0.0, 0, 0, 0], [2.0, 1, 0, 0]], [[-1.0, 0, 0, 3], [9.0, 9, 9, 9]]], requires_grad=True)
+    z = torch.tensor([[[5.0, 5.0]] * 2, [[1.0, 2.0], [0.0, 0.0]], [[3.0, 3.0], [7.0, 7.0]]], requires_grad=True)
     return {
         "model": SimpleNamespace(reward=Fixed(TwoHot(3, -1.0, 1.0)), continuation=Fixed()),
         "rollout": Rollout(z, h, []),
@@ -250,9 +240,7 @@ def test_all_masked_is_zero_and_finite():
 
 def test_losses_train_every_part_of_the_model():
     model, (obs, actions) = make(), inputs()
-    nn.init.normal_(
-        model.dynamics.cell.write.parametrizations.weight.original
-    )  # its zeros hide read and inject
+    nn.init.normal_(model.dynamics.cell.write.parametrizations.weight.original)  # its zeros hide read and inject
     rollout = model.rollout(model.encode(obs), actions, 3)
     target, ones = torch.randn(H, B, Z, dtype=torch.float64), torch.ones(H, B, dtype=torch.float64)
     losses = world_model_losses(model, rollout, target, ones * 0.3, ones * 0.0, ones)

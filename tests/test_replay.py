@@ -76,9 +76,7 @@ def check(batch: Batch, newest: np.ndarray, envs=ENVS) -> None:
         assert not batch.reward[valid:, b].any() and not batch.terminated[valid:, b].any()
 
 
-@pytest.mark.parametrize(
-    "steps", [2, 3, 30, 31, 32, 33, 95, 96, 97, 260]
-)  # 32 rows a stream: before and after
+@pytest.mark.parametrize("steps", [2, 3, 30, 31, 32, 33, 95, 96, 97, 260])  # 32 rows a stream: before and after
 @pytest.mark.parametrize("length", [1, 2, 5, 40])
 def test_sequences_are_pieces_of_one_episode(steps, length):
     replay = filled(steps, capacity=4 * 32)
@@ -120,10 +118,7 @@ def test_own_generator_leaves_the_replays_stream_alone():
 
 def test_memory_mapped_equals_in_memory(tmp_path):
     mapped, plain = filled(150, 4 * 32, path=str(tmp_path / "replay")), filled(150, 4 * 32)
-    assert (
-        isinstance(mapped.obs, np.memmap)
-        and (tmp_path / "replay" / "obs.npy").stat().st_size > mapped.obs.nbytes
-    )
+    assert isinstance(mapped.obs, np.memmap) and (tmp_path / "replay" / "obs.npy").stat().st_size > mapped.obs.nbytes
     for _ in range(3):
         for a, b in zip(mapped.sample(64, 5), plain.sample(64, 5), strict=True):
             np.testing.assert_array_equal(a, b)

@@ -220,9 +220,7 @@ def test_environment_that_does_not_repeat_itself(tmp_path, capsys):
         assert run(tmp_path, *words, f"frames={frames}", "resume=true") == 0
     assert capsys.readouterr().out.count("not deterministic") == 2
     rows = content(tmp_path)["rows"]
-    for now, after, last in zip(
-        rows["obs"][:-1, 0], rows["obs"][1:, 0], rows["is_last"][:-1, 0], strict=True
-    ):
+    for now, after, last in zip(rows["obs"][:-1, 0], rows["obs"][1:, 0], rows["is_last"][:-1, 0], strict=True):
         assert last == (now[1] != after[1]), (now, after)
         assert last or after[2] == now[2] + 1
 
@@ -234,18 +232,14 @@ def grown(replay: Replay, rows: int) -> Replay:
     """Rows that say which they are."""
     while replay.total < rows:
         i, n = replay.total, replay.num_envs
-        replay.add(
-            np.full((n, 3), i), np.full((n, 2), -i), np.full(n, i), np.zeros(n, bool), np.zeros(n, bool)
-        )
+        replay.add(np.full((n, 3), i), np.full((n, 2), -i), np.full(n, i), np.zeros(n, bool), np.zeros(n, bool))
     return replay
 
 
 def assert_rows(replay: Replay, total: int) -> None:
     assert replay.total == total
     held = replay.slice(total - len(replay), total)["reward"]
-    np.testing.assert_array_equal(
-        held, np.arange(total - len(replay), total)[:, None] + np.zeros(replay.num_envs)
-    )
+    np.testing.assert_array_equal(held, np.arange(total - len(replay), total)[:, None] + np.zeros(replay.num_envs))
 
 
 def test_the_last_two_are_kept(tmp_path):
@@ -258,9 +252,7 @@ def test_the_last_two_are_kept(tmp_path):
             one = Checkpoints(tmp_path)
             assert one._read(frames, "cpu", fresh)["step"] == frames // 10
             assert_rows(fresh, 7 * frames // 10)
-    assert len(list((tmp_path / "checkpoints" / "replay").iterdir())) <= 8, (
-        "overwritten rows stay on the disk"
-    )
+    assert len(list((tmp_path / "checkpoints" / "replay").iterdir())) <= 8, "overwritten rows stay on the disk"
 
 
 def test_more_rows_between_checkpoints_than_the_ring_holds(tmp_path):
@@ -508,9 +500,7 @@ def test_frames_count_action_repeat_and_no_resets(tmp_path):
 def test_train_return_is_of_whole_episodes(tmp_path):
     counting_trainer(tmp_path).run()
     totals = [n * (n + 1) / 2 for n, _ in ENVS]
-    assert all(
-        min(totals) <= one["train/return"] <= max(totals) for one in lines(tmp_path) if "train/return" in one
-    )
+    assert all(min(totals) <= one["train/return"] <= max(totals) for one in lines(tmp_path) if "train/return" in one)
 
 
 # ---- rollouts -----------------------------------------------------------------------------------------
@@ -579,9 +569,7 @@ def test_tensorboard_says_what_metrics_jsonl_says(straight):
     ):
         assert wanted in tags
     plugins = {tag: found.SummaryMetadata(tag).plugin_data.plugin_name for tag in found.summary_metadata}
-    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= {
-        t for t, p in plugins.items() if p == "hparams"
-    }
+    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= {t for t, p in plugins.items() if p == "hparams"}
 
 
 def test_a_checkpoint_takes_the_curves_along(tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
 """Latent dynamics: the looped model and its unlooped controls. Depends on torch alone.
 
-    dynamics = LoopedDynamics(latent_dim=64, action_dim=6, hidden_dim=64)
-    out = dynamics(z, action)            # adaptive depth
-    out = dynamics(z, action, depth=16)  # exactly 16 loops
+dynamics = LoopedDynamics(latent_dim=64, action_dim=6, hidden_dim=64)
+out = dynamics(z, action)            # adaptive depth
+out = dynamics(z, action, depth=16)  # exactly 16 loops
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class LoopCell(nn.Module):
 
     Args:
         hidden_dim: D, width of h. block_dim: inner width of the block. gamma: in (0, 1), share of the head-room that
-        the block may use. injection: ``zoh`` Bbar = (1 - Abar) / -A * B, ``euler`` Bbar = dt * B, ``additive`` Bbar = 1.
+        the block may use. injection: ``zoh`` Bbar = (1 - Abar) / -A * B, ``euler`` dt * B, ``additive`` 1.
 
     Raises:
         ValueError: unknown mode, injection or activation, or gamma outside (0, 1).

@@ -99,9 +99,12 @@ class LoopedDynamics(nn.Module):
         batch, device = h.shape[0], h.device
         return h, lambda: torch.full((batch,), depth, device=device), lambda: relative_step(h, previous)
 
-    def _loop_scheduled(self, loop: PreparedLoop, h: Tensor, schedule: DepthSchedule) -> tuple[Tensor, Callable, Callable]:
+    def _loop_scheduled(
+        self, loop: PreparedLoop, h: Tensor, schedule: DepthSchedule
+    ) -> tuple[Tensor, Callable, Callable]:
         """Mixed depths, deepest samples first: each loop runs on a shrinking head of the batch."""
-        order = schedule.order
+        device = h.device  # a schedule drawn on the CPU serves a model elsewhere
+        order = None if schedule.order is None else schedule.order.to(device)
         if order is not None:
             loop, h = loop.select(order), h.index_select(0, order)
         if loop.activation is not torch.relu:
@@ -109,8 +112,9 @@ class LoopedDynamics(nn.Module):
         else:
             final, states = unroll(h, loop, schedule.active)  # (B, D), deepest first
         if order is not None:
-            final = final.index_select(0, schedule.inverse)
-        return final, lambda: schedule.loops, lambda: relative_step(final, states[schedule.last_rows()])
+            final = final.index_select(0, schedule.inverse.to(device))
+        last = schedule.last_rows
+        return final, lambda: schedule.loops.to(device), lambda: relative_step(final, states[last().to(device)])
 
     @staticmethod
     def _unroll_plain(loop: PreparedLoop, h: Tensor, active: list[int]) -> tuple[Tensor, Tensor]:
@@ -152,9 +156,7 @@ class LoopedDynamics(nn.Module):
         """One training depth per sequence, as a schedule that a whole rollout re-uses (an int when it is fixed)."""
         if self.depth_sampler == "fixed":
             return self.mean_loops
-        depths = sample_depths(
-            self.depth_sampler, batch, self.mean_loops, self.min_loops, self.max_loops, generator
-        )
+        depths = sample_depths(self.depth_sampler, batch, self.mean_loops, self.min_loops, self.max_loops, generator)
         return DepthSchedule(depths)
 
     def frozen(self) -> AbstractContextManager[None]:

@@ -23,7 +23,7 @@ def _gram_power(weight: Tensor) -> tuple[Tensor, Tensor]:
     gram = short.t() @ short  # (r, r)
     log_scale = torch.zeros((), dtype=weight.dtype, device=weight.device)
     for _ in range(ROUNDS):
-        # Normalised once for two squarings: the largest eigenvalue is then at least r ** -0.5, its fourth power r ** -2.
+        # Once for two squarings: the largest eigenvalue is then at least r ** -0.5, and its fourth power r ** -2.
         norm = torch.linalg.vector_norm(gram).clamp_min(1e-30)
         gram = gram / norm
         gram = gram @ gram

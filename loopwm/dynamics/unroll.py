@@ -14,7 +14,6 @@ from torch.autograd.function import once_differentiable
 
 from loopwm.dynamics.cell import PreparedLoop
 
-
 relu_backward = torch.ops.aten.threshold_backward.grad_input
 
 

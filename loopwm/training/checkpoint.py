@@ -41,9 +41,7 @@ def lock_run(run_dir: Path) -> IO[str]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         handle.close()
-        raise CheckpointError(
-            f"{run_dir} is in use by another process; stop it or choose another run_dir"
-        ) from None
+        raise CheckpointError(f"{run_dir} is in use by another process; stop it or choose another run_dir") from None
     return handle
 
 
@@ -53,9 +51,7 @@ class Checkpoints:
     def __init__(self, run_dir: Path):
         self.folder = run_dir / "checkpoints"
         self._replay = self.folder / "replay"
-        self._rows = (
-            0  # rows of a stream that the chunks on disk hold, of the run as this process goes on with it
-        )
+        self._rows = 0  # rows of a stream that the chunks on disk hold, of the run as this process goes on with it
 
     def frames(self) -> list[int]:
         """Env frames of the complete checkpoints, oldest first."""
@@ -155,9 +151,7 @@ class Checkpoints:
         try:
             return self._read(frames, device)
         except CheckpointError as error:
-            raise CheckpointError(
-                f"{error}; delete {self.folder / f'{frames:08d}'} to use the one before"
-            ) from None
+            raise CheckpointError(f"{error}; delete {self.folder / f'{frames:08d}'} to use the one before") from None
 
     def _read(self, frames: int, device: str | torch.device, replay: Replay | None = None) -> dict[str, Any]:
         path = self.folder / f"{frames:08d}" / "state.pt"
@@ -168,9 +162,7 @@ class Checkpoints:
                 replay.rng.bit_generator.state = state["replay"]["rng"]
         except (CheckpointError, MemoryError):
             raise
-        except (
-            Exception
-        ) as error:  # whatever a torn or foreign file makes the readers say, the fix is the same
+        except Exception as error:  # whatever a torn or foreign file makes the readers say, the fix is the same
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{path} cannot be read ({reason[:120]})") from None
         return state

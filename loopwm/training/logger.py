@@ -45,9 +45,7 @@ class Logger:
         """Log scalars (tag -> value) at an env frame."""
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, frames)
-        self._file.write(
-            json.dumps({"frames": frames, **{k: round(float(v), 6) for k, v in scalars.items()}}) + "\n"
-        )
+        self._file.write(json.dumps({"frames": frames, **{k: round(float(v), 6) for k, v in scalars.items()}}) + "\n")
         self._file.flush()
 
     def stills(self, frames: int, images: np.ndarray) -> None:

@@ -48,14 +48,10 @@ class Replay:
 
     FIELDS = ("obs", "action", "reward", "terminated", "is_last")
 
-    def __init__(
-        self, capacity: int, num_envs: int, obs_dim: int, action_dim: int, *, seed: int = 0, path: str = ""
-    ):
+    def __init__(self, capacity: int, num_envs: int, obs_dim: int, action_dim: int, *, seed: int = 0, path: str = ""):
         self.rows, self.num_envs = capacity // num_envs, num_envs
         if self.rows < 3:
-            raise ConfigError(
-                f"replay.capacity={capacity}: must be at least {3 * num_envs} for num_envs={num_envs}"
-            )
+            raise ConfigError(f"replay.capacity={capacity}: must be at least {3 * num_envs} for num_envs={num_envs}")
         self._path = Path(path) if path else None
         self.obs = self._allocate("obs", np.float32, obs_dim)
         self.action = self._allocate("action", np.float32, action_dim)
@@ -71,9 +67,7 @@ class Replay:
             try:
                 return np.zeros(shape, dtype)
             except (MemoryError, ValueError):  # ValueError: beyond what an address can say
-                raise ConfigError(
-                    f"replay.capacity={self.rows * self.num_envs}: more than the memory holds"
-                ) from None
+                raise ConfigError(f"replay.capacity={self.rows * self.num_envs}: more than the memory holds") from None
         self._path.mkdir(parents=True, exist_ok=True)
         return np.lib.format.open_memmap(self._path / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
 
@@ -132,9 +126,7 @@ class Replay:
             mask.astype(np.float32),
         )
 
-    def _draw_starts(
-        self, stream: np.ndarray, oldest: int, held: int, rng: np.random.Generator
-    ) -> np.ndarray:
+    def _draw_starts(self, stream: np.ndarray, oldest: int, held: int, rng: np.random.Generator) -> np.ndarray:
         """Rows (B,), counted from the oldest, that a transition leaves; redrawn where none does."""
         if held < 2:
             raise ValueError("the replay holds no transition yet")

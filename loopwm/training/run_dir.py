@@ -38,14 +38,10 @@ def open_run(cfg: Config) -> tuple[Path, IO[str]]:
     saved = run_dir / "config.yaml"
     if saved.exists():
         if not cfg.resume:
-            raise CheckpointError(
-                f"{run_dir} already holds a run: add resume=true to go on, or choose another run_dir"
-            )
+            raise CheckpointError(f"{run_dir} already holds a run: add resume=true to go on, or choose another run_dir")
         changed = _changes(read_config(saved), cfg)
         if changed:
-            raise ConfigError(
-                f"{run_dir} was begun with {'; '.join(changed)}: resume it with the same settings"
-            )
+            raise ConfigError(f"{run_dir} was begun with {'; '.join(changed)}: resume it with the same settings")
     return run_dir, lock
 
 

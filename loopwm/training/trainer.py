@@ -207,9 +207,7 @@ class Trainer:
 
     def _evaluate(self, bar: Progress) -> None:
         start = time.perf_counter()
-        self.evaluation = rollout(
-            self.agent, self.eval_venv, self.schedule.eval_episodes, seed=self.seed + EVAL_SEED
-        )
+        self.evaluation = rollout(self.agent, self.eval_venv, self.schedule.eval_episodes, seed=self.seed + EVAL_SEED)
         returns, lengths = self.evaluation.returns, self.evaluation.lengths
         scalars = {
             "eval/return": float(returns.mean()),
