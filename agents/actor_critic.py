@@ -60,7 +60,7 @@ class ValueEnsemble(nn.Module):
     """``members`` independent state-action values, each a two-hot distribution (TD-MPC2, 2310.16828)."""
 
     def __init__(
-        self, latent_dim: int, action_dim: int, hidden_dim: int, members: int = 2, bins: int = 63, limit: float = 8.0
+        self, latent_dim: int, action_dim: int, hidden_dim: int, members: int = 2, bins: int = 63, limit: float = 10.0
     ):
         super().__init__()
         self.members = nn.ModuleList(mlp(latent_dim + action_dim, hidden_dim, 2, bins) for _ in range(members))

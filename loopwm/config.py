@@ -187,12 +187,12 @@ class PlannerConfig(Section):
     clip_norm: Positive = 20.0  # largest norm of a gradient, no unit
     discount: Fraction = 0.99  # worth of the next agent step's return, no unit, in (0, 1)
     n_step: Count = 5  # rewards summed before the value target bootstraps, agent steps
-    tau: Share = 0.02  # part of the new weights the value and policy targets take per update, in [0, 1]
-    model_tau: Share = 0.02  # the same for the slow world model, whose latents are predicted and acted on, in [0, 1]
+    tau: Share = 0.01  # part of the new weights the value and policy targets take per update, in [0, 1]
+    model_tau: Share = 0.01  # the same for the slow world model, whose latents are predicted and acted on, in [0, 1]
     consistency_weight: NonNegative = 1.0  # weight of the latent consistency loss, no unit
     reward_weight: NonNegative = 0.2  # weight of the reward loss, no unit
     continuation_weight: NonNegative = 0.2  # weight of the continuation loss, no unit
-    policy_penalty: NonNegative = 2e-3  # weight of the squared pre-activations of the policy, no unit
+    policy_penalty: NonNegative = 4e-3  # weight of the squared pre-activations of the policy, no unit
     smooth_std: NonNegative = 0.2  # spread of the noise on target actions, action units (discrete: probability)
     smooth_clip: NonNegative = 0.3  # largest noise on target actions, action units
     seed_steps: Whole = 1000  # random actions before learning starts, agent steps
@@ -214,7 +214,7 @@ class ReplayConfig(Section):
 
     SECTION: ClassVar[str] = "replay"
     capacity: Count = 1_000_000  # most transitions kept, transitions; the oldest go first
-    path: str = ""  # file to memory-map the data in; empty: kept in memory
+    path: str = ""  # folder for memory-mapped data; empty: kept in memory
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,6 @@ class Config(Section):
     video_every: Whole = 0  # distance between evaluation videos, env frames; 0: one at the end only
     device: Device = "auto"  # auto, cpu, cuda or cuda:N; auto: cuda where there is one
     threads: Whole = 0  # torch's threads inside one operation, count; 0: leave torch's own choice
-    compile: bool = False  # use torch.compile (needs a C compiler), yes or no
 
 
 # ---------------------------------------------------------------------------------------------- in and out
