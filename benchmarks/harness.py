@@ -102,7 +102,9 @@ def train(run_dir: Path, overrides: Sequence[str], core: int | None = None) -> P
     command = [sys.executable, str(ROOT / "train.py"), *overrides, f"run_dir={run_dir}", "resume=true"]
     if core is not None:
         command = ["taskset", "-c", str(core), *command]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"} if core is not None else dict(os.environ)
+    env = {**os.environ, "MUJOCO_GL": "disabled"}  # no film: it would be half a minute of software rendering a run
+    if core is not None:
+        env["OMP_NUM_THREADS"] = "1"
     with (run_dir / "train.log").open("a") as log:
         done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=env)
     if done.returncode:
