@@ -283,7 +283,7 @@ class PlannerAgent:
         action = torch.as_tensor(batch.action[0], device=self.device)
         dynamics = self.slow_model.dynamics
         adaptive, trained = dynamics(z, action), dynamics(z, action, dynamics.mean_loops)
-        return {
+        found = {
             "loop/mean": float(adaptive.loops.double().mean()),
             "loop/max": float(adaptive.loops.max()),
             "loop/residual_at_exit": float(adaptive.residual.mean()),
@@ -291,6 +291,7 @@ class PlannerAgent:
             "loop/contraction_bound": dynamics.lipschitz_bound(),
             "loop/contraction_measured": dynamics.measured_contraction(z, action),
         }
+        return {name: value for name, value in found.items() if np.isfinite(value)}  # the controls certify nothing
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training goes on from: weights, optimisers, targets, random streams, carried state."""

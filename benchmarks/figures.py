@@ -58,12 +58,29 @@ def draw(task: str, rows: list[dict], out: Path, anchors: dict[str, list[tuple[i
     return path
 
 
+def film(run_dir: Path, out: Path) -> Path:
+    """Four stills of one evaluation episode of a run's newest agent, as PNG."""
+    from agents import load_agent
+    from envs import make_vector_env
+    from loopwm.training.video import film_strip, record_episode
+
+    agent, cfg, _ = load_agent(run_dir)
+    images = record_episode(agent, make_vector_env(cfg.task.id, 1, render=True), seed=2**34)
+    path = out / f"{cfg.task.id.split('/', 1)[1]}-stills.png"
+    out.mkdir(parents=True, exist_ok=True)
+    plt.imsave(path, film_strip(images, 4)[::2, ::2])
+    return path
+
+
 def main(arguments: list[str]) -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("results", type=Path, nargs="+", help="JSON files of benchmarks.returns")
+    p.add_argument("results", type=Path, nargs="*", help="JSON files of benchmarks.returns")
     p.add_argument("--out", type=Path, default=Path("docs/figures"))
     p.add_argument("--published", type=Path, help="csv of published returns, drawn as dashed lines")
+    p.add_argument("--film", type=Path, metavar="RUN_DIR", help="also a strip of stills of that run's agent")
     args = p.parse_args(arguments)
+    if args.film:
+        print(film(args.film, args.out))
     by_task: dict[str, list[dict]] = {}
     for path in args.results:
         result = json.loads(path.read_text())

@@ -16,8 +16,7 @@ def symexp(x: Tensor) -> Tensor:
 class TwoHot(nn.Module):
     """A scalar as a distribution over ``bins`` equal steps of symlog space in [low, high] (TD-MPC2, 2310.16828).
 
-    The mean is taken in symlog space, so it lies below the scalar's own wherever there is spread. Taking it in the
-    scalar itself (DreamerV3, 2301.04104) was tried and learned more slowly on cheetah-run (docs/results.md).
+    The mean is taken in symlog space too, so it lies below the scalar's own wherever there is spread.
     """
 
     centers: Tensor

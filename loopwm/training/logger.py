@@ -11,6 +11,8 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from loopwm.training.video import film_strip
+
 
 class Logger:
     """Scalars on env frames as x axis.
@@ -50,8 +52,7 @@ class Logger:
 
     def stills(self, frames: int, images: np.ndarray) -> None:
         """Show an episode (T, H, W, 3) uint8 as six stills (TensorBoard's own video needs moviepy)."""
-        chosen = [images[i] for i in np.linspace(0, len(images) - 1, 6).astype(int)]
-        self._writer.add_image("eval/episode", np.concatenate(chosen, 1), frames, dataformats="HWC")
+        self._writer.add_image("eval/episode", film_strip(images), frames, dataformats="HWC")
 
     def hparams(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Show the config and the final metrics in TensorBoard's HPARAMS tab, in the run itself."""

@@ -49,6 +49,11 @@ def record_episode(agent: Agent, venv: Any, seed: int) -> np.ndarray:
     return np.stack(images)
 
 
+def film_strip(images: np.ndarray, count: int = 6) -> np.ndarray:
+    """``count`` evenly spaced frames of (T, H, W, 3) side by side: (H, count * W, 3)."""
+    return np.concatenate([images[i] for i in np.linspace(0, len(images) - 1, count).astype(int)], 1)
+
+
 def save_video(path: Path, images: np.ndarray, fps: float) -> None:
     """Write frames (T, H, W, 3) uint8 as mp4."""
     import imageio.v2 as imageio
