@@ -67,13 +67,16 @@ def spread(values: list[float], digits: int = 1) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> None:
-    args = parser(__doc__).parse_args(arguments)
+    p = parser(__doc__)
+    p.add_argument("--seeds", type=int, default=5)
+    p.add_argument("--dynamics", nargs="+", default=["looped", "single_pass", "stacked", "wide"])
+    args = p.parse_args(arguments)
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {CORE})
-    seeds = range(1 if args.quick else 5)
+    seeds = range(1 if args.quick else args.seeds)
     rows, headline = [], {}
-    for dynamics in ("looped",) if args.quick else ("looped", "single_pass", "stacked", "wide"):
+    for dynamics in args.dynamics[:1] if args.quick else args.dynamics:
         rates = frames_per_second(args, seeds, dynamics)
         rows.append({"dynamics": dynamics, "frames_per_second": rates})
         headline[f"frames/s learning, cartpole, {dynamics}"] = spread(rates)
