@@ -61,14 +61,16 @@ class FlatAdam:
 
 
 class EMATarget:
-    """A slow copy of a module: target <- (1 - tau) target + tau online."""
+    """A slow copy of the modules of a ``FlatAdam``: target <- (1 - tau) target + tau online.
 
-    def __init__(self, online: nn.Module, target: nn.Module, tau: float):
-        target.load_state_dict(online.state_dict())
-        target.requires_grad_(False)
-        self.online, self.target, self.tau = list(online.parameters()), flatten_parameters([target]), tau
+    Args:
+        online: the optimiser whose vector is followed. module: the copy, built alike, which is moved into one vector.
+    """
 
-    @torch.no_grad()
+    def __init__(self, online: FlatAdam, module: nn.Module, tau: float):
+        module.requires_grad_(False)
+        self.online, self.target, self.tau = online.flat.detach(), flatten_parameters([module]), tau
+        self.target.copy_(self.online)
+
     def update(self) -> None:
-        online = torch.cat([p.detach().reshape(-1) for p in self.online])
-        self.target.lerp_(online, self.tau)
+        self.target.lerp_(self.online, self.tau)

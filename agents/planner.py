@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
+from agents.exploration import CorrelatedNoise
 from agents.mppi import PlanBudget, mppi
 from agents.optim import EMATarget, FlatAdam
 from loopwm.config import PlannerConfig
@@ -59,16 +60,16 @@ class PlannerAgent:
         self.value_target, self.policy_target = copy.deepcopy(value), copy.deepcopy(policy)
         self.slow_model = copy.deepcopy(world_model)
         self.targets = {
-            "value": EMATarget(value, self.value_target, c.tau),
-            "policy": EMATarget(policy, self.policy_target, c.tau),
+            "value": EMATarget(self.value_optimizer, self.value_target, c.tau),
+            "policy": EMATarget(self.policy_optimizer, self.policy_target, c.tau),
             # The model moves once in ``model_every`` updates, and so does its slow copy: the same pace by the frame.
-            "model": EMATarget(world_model, self.slow_model, 1.0 - (1.0 - c.model_tau) ** c.model_every),
+            "model": EMATarget(self.model_optimizer, self.slow_model, 1.0 - (1.0 - c.model_tau) ** c.model_every),
         }
         self.generator = torch.Generator(device).manual_seed(seed)
         self.depth_generator = torch.Generator().manual_seed(seed + 1)
         self.updates = 0
         self.acted = 0  # agent steps chosen while exploring
-        self._noise: Tensor | None = None  # (N, A) exploration noise, correlated in time
+        self._noise = CorrelatedNoise(config.explore_correlation)
         self._plan: Tensor | None = None  # (H, N, A) the previous plan
 
     def encode(self, obs: Tensor) -> Tensor:
@@ -151,19 +152,10 @@ class PlannerAgent:
         return c.explore_std + share * (c.explore_std_final - c.explore_std)
 
     def _explore(self, action: Tensor, first: np.ndarray | None, std: float) -> Tensor:
-        """Add noise that is correlated over time (AR(1)); for discrete actions, epsilon-greedy with epsilon = std."""
+        """Add noise that is correlated over time; for discrete actions, epsilon-greedy with epsilon = std."""
         if self.discrete:
             return self.policy.perturb(action, std, 1.0, self.generator)
-        fresh = torch.randn(action.shape, generator=self.generator, device=self.device)
-        rho = self.config.explore_correlation
-        if self._noise is None or self._noise.shape != fresh.shape:
-            self._noise = fresh
-        else:
-            self._noise = rho * self._noise + (1.0 - rho * rho) ** 0.5 * fresh
-            if first is not None and first.any():
-                fresh_rows = torch.as_tensor(first, device=self.device).unsqueeze(1)
-                self._noise = torch.where(fresh_rows, fresh, self._noise)
-        return (action + std * self._noise).clamp(-1.0, 1.0)
+        return (action + std * self._noise(action, first, self.generator)).clamp(-1.0, 1.0)
 
     def _to_env(self, action: Tensor) -> np.ndarray:
         action = action.argmax(-1) if self.discrete else action
@@ -177,7 +169,7 @@ class PlannerAgent:
         """See ``Agent.evaluator``: deterministic, and the same plan noise for every evaluation."""
         view = copy.copy(self)
         view.generator = torch.Generator(self.device).manual_seed(0)
-        view._plan = view._noise = None
+        view._plan, view._noise = None, CorrelatedNoise(self.config.explore_correlation)
         return view
 
     # ---- learning -----------------------------------------------------------------------------------------------
@@ -302,7 +294,7 @@ class PlannerAgent:
             "depth_generator": self.depth_generator.get_state(),
             "updates": self.updates,
             "acted": self.acted,
-            "noise": self._noise,
+            "noise": self._noise.state,
             "plan": self._plan,
         }
 
@@ -315,7 +307,7 @@ class PlannerAgent:
         self.generator.set_state(state["generator"].cpu())
         self.depth_generator.set_state(state["depth_generator"].cpu())
         self.updates, self.acted = state["updates"], state["acted"]
-        self._noise, self._plan = state["noise"], state["plan"]
+        self._noise.state, self._plan = state["noise"], state["plan"]
 
     def _optimizers(self) -> dict[str, FlatAdam]:
         return {"model": self.model_optimizer, "value": self.value_optimizer, "policy": self.policy_optimizer}

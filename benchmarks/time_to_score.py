@@ -50,12 +50,13 @@ def main(arguments: list[str]) -> None:
     p.add_argument("--task", default="dmc/cartpole-swingup")
     p.add_argument("--score", type=float, default=800.0)
     p.add_argument("--seeds", type=int, default=5)
+    p.add_argument("--frames", type=int, default=100_000, help="give up there")
     p.add_argument("--dynamics", default="looped")
     args = p.parse_args(arguments)
     seeds = range(2 if args.quick else args.seeds)
     rows = []
     for seed in seeds:
-        words = [f"task={args.task}", f"dynamics={args.dynamics}", f"seed={seed}"]
+        words = [f"task={args.task}", f"dynamics={args.dynamics}", f"seed={seed}", f"frames={args.frames}"]
         row = {"seed": seed} | timed_run(args.runs / f"time_{args.dynamics}_s{seed}", words, args.score)
         rows.append(row)
         print(row, flush=True)

@@ -235,7 +235,7 @@ def test_flattened_modules_compute_the_same_and_follow_the_vector():
 
 def test_ema_target():
     online, target = small_net(0), small_net(1)
-    ema = EMATarget(online, target, 0.25)
+    ema = EMATarget(FlatAdam([online], 1e-3, 1.0), target, 0.25)
     assert all(torch.equal(a, b) for a, b in zip(online.parameters(), target.parameters(), strict=True))
     assert not any(p.requires_grad for p in target.parameters())
     start = [p.detach().clone() for p in target.parameters()]
