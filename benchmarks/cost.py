@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 
@@ -13,18 +12,22 @@ import torch
 from benchmarks.harness import curve, median_seconds, parser, report, train
 
 CORE = 0
+# The kernel's own high-water mark of this process; getrusage's is inherited from the parent through exec.
 REPLAY_PROBE = """
-import resource, numpy as np
+import numpy as np
 from loopwm.training.replay import Replay
-rows, start = 1_000_000, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def megabytes(name):
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(name))
+
+rows, start = 1_000_000, megabytes("VmRSS")
 replay = Replay(rows, 1, {obs}, {action})
 obs, action = np.ones((1, {obs}), np.float32), np.ones((1, {action}), np.float32)
 flags = np.zeros(1, bool)
 for _ in range(rows):
     replay.add(obs, action, np.ones(1), flags, flags)
 replay.sample(256, 5)
-end = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((end - start) / 1024, end / 1024)
+print(megabytes("VmRSS") - start, megabytes("VmHWM"))
 """
 
 
@@ -57,6 +60,14 @@ def planned_action(obs_dim: int, action_dim: int) -> tuple[list[float], dict[str
     return [1e3 * s for s in median_seconds(lambda: agent.act(obs, first=first), 200)], agent.parameter_counts
 
 
+def replay_memory() -> tuple[float, float]:
+    """MB that a full replay of 1 M rows adds to a fresh process, and that process's peak."""
+    command = [sys.executable, "-c", REPLAY_PROBE.format(obs=24, action=6)]
+    probe = subprocess.run(command, capture_output=True, text=True, check=True)
+    replay, process = (float(x) for x in probe.stdout.split())
+    return replay, process
+
+
 def spread(values: list[float], digits: int = 1) -> dict[str, float]:
     """Median, lowest, highest."""
     return {
@@ -86,15 +97,11 @@ def main(arguments: list[str]) -> None:
         headline[f"planned action, {name}, ms"] = spread(times, 2)
         total = parameters["total"]
         headline[f"parameters, {name}"] = {"value": total, "low": total, "high": total}
-    probe = subprocess.run(
-        [sys.executable, "-c", REPLAY_PROBE.format(obs=24, action=6)], capture_output=True, text=True, check=True
-    )
-    replay, process = (float(x) for x in probe.stdout.split())
+    replay, process = replay_memory()
     headline["replay of 1 M rows (24 + 6 numbers), MB"] = spread([replay])
     headline["its process at its peak, MB"] = spread([process])
     rate = headline["frames/s learning, cartpole, looped"]["value"]
     verdict = f"The default agent learns at {rate:.0f} frames/s on one core (medians; lowest and highest in brackets)."
-    rows.append({"peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
     report("cost", args, seeds, rows, headline, verdict)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+LOAD_AT_START = round(os.getloadavg()[0], 2)
 PACKAGES = ("torch", "numpy", "gymnasium", "dm-control", "mujoco")
 
 
@@ -46,7 +47,7 @@ def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     if info.exists():
         cpu = next((s.split(":")[1].strip() for s in info.read_text().splitlines() if s.startswith("model name")), cpu)
-    return {"cpu": cpu, "cores": os.cpu_count(), "load_at_start": round(os.getloadavg()[0], 2)}
+    return {"cpu": cpu, "cores": os.cpu_count(), "load_at_start": LOAD_AT_START}
 
 
 def commit() -> str:
@@ -73,7 +74,7 @@ def report(
         "verdict": verdict,
     }
     for key, value in headline.items():
-        print(f"{key:48s} {value['value']:>10} [{value['low']}, {value['high']}]")
+        print(f"{key:48s} {value['value']!s:>10} [{value['low']}, {value['high']}]")
     print(verdict)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -63,10 +63,14 @@ def main(arguments: list[str]) -> None:
     headline = {}
     for key in ("first_seconds", "second_seconds", "first_frames"):
         values = [float("inf") if row[key] is None else row[key] for row in rows]
-        headline[key] = {"value": float(np.median(values)), "low": float(min(values)), "high": float(max(values))}
+        figures = {"value": float(np.median(values)), "low": float(min(values)), "high": float(max(values))}
+        # A seed that never got there counts as infinitely slow; JSON has no word for that but null.
+        headline[key] = {name: round(x, 1) if np.isfinite(x) else None for name, x in figures.items()}
+    reached = {key: sum(row[key] is not None for row in rows) for key in ("first_seconds", "second_seconds")}
     verdict = (
-        f"Median of {len(rows)} seeds (range in brackets): first evaluation >= {args.score:g} after "
-        f"{headline['first_seconds']['value']:.0f} s, two in a row after {headline['second_seconds']['value']:.0f} s."
+        f"Median of {len(rows)} seeds (range in brackets; none: not within {args.frames} frames): first evaluation >= "
+        f"{args.score:g} after {headline['first_seconds']['value']} s ({reached['first_seconds']} seeds got there), "
+        f"two in a row after {headline['second_seconds']['value']} s ({reached['second_seconds']} seeds)."
     )
     report("time_to_score", args, seeds, rows, headline, verdict)
 
