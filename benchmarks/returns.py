@@ -42,8 +42,8 @@ def main(arguments: list[str]) -> None:
         for dynamics in args.dynamics:
             mine = [row for row in rows if row["task"] == task and row["dynamics"] == dynamics]
             headline[f"{task} {dynamics} @{frames}"] = interval([at_frames(row["curve"], frames) for row in mine])
-    best = max(headline, key=lambda key: headline[key]["value"])
-    report("returns", args, seeds, rows, headline, f"Highest mean of {len(seeds)} seeds: {best}.")
+    means = "; ".join(f"{name}: {figure['value']:.0f}" for name, figure in headline.items())
+    report("returns", args, seeds, rows, headline, f"Mean return over {len(seeds)} seeds: {means}.")
 
 
 if __name__ == "__main__":
