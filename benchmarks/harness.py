@@ -11,16 +11,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
 import numpy as np
 
+from loopwm.training.run_dir import versions
+
 ROOT = Path(__file__).resolve().parents[1]
 LOAD_AT_START = round(os.getloadavg()[0], 2)
-PACKAGES = ("torch", "numpy", "gymnasium", "dm-control", "mujoco")
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -68,7 +68,7 @@ def report(
         "seeds": list(seeds),
         "commit": commit(),
         "machine": machine(),
-        "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
+        "versions": versions(),
         "rows": rows,
         "headline": headline,
         "verdict": verdict,

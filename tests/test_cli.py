@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, MultiBinary
-from training_tools import CARTPOLE, ROOT, TINY, lines, run
+from training_tools import CARTPOLE, ROOT, TINY, forbid_filming, lines, run
 
 import envs
 import evaluate
 import train
 from loopwm.training import trainer as trainer_module
 from loopwm.training.checkpoint import Checkpoints, lock_run
-from loopwm.training.video import VideoError
 
 SUMMARY = {
     *("task", "agent", "dynamics", "seed", "frames", "agent_steps", "seconds", "frames_per_second"),
@@ -38,11 +37,7 @@ SHORT = [*CARTPOLE, "frames=60", "eval_every=30", "checkpoint_every=30", "log_ev
 @pytest.fixture(autouse=True)
 def no_videos(monkeypatch):
     """Filming takes seconds, and needs GL."""
-
-    def fail(*_):
-        raise VideoError("no video: not in this test")
-
-    monkeypatch.setattr(trainer_module, "film_episode", fail)
+    forbid_filming(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from training_tools import (
     SWINGUP,
     content,
     differences,
+    forbid_filming,
     lines,
     run,
     start,
@@ -34,7 +35,6 @@ from training_tools import (
 
 from agents import load_agent
 from envs import make_vector_env
-from loopwm.training import trainer as trainer_module
 from loopwm.training.checkpoint import CheckpointError, Checkpoints
 from loopwm.training.interrupt import Interrupt
 from loopwm.training.logger import Logger
@@ -58,11 +58,7 @@ CASES = {
 @pytest.fixture(autouse=True)
 def no_videos(monkeypatch):
     """Filming takes seconds, and needs GL."""
-
-    def fail(*_):
-        raise VideoError("no video: not in this test")
-
-    monkeypatch.setattr(trainer_module, "film_episode", fail)
+    forbid_filming(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 import train
+from loopwm.training import trainer
 from loopwm.training.checkpoint import Checkpoints
 from loopwm.training.replay import Replay
 from loopwm.training.run_dir import read_run
+from loopwm.training.video import VideoError
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -27,6 +30,15 @@ TINY = [
 CARTPOLE = ["task=gym/CartPole-v1", *TINY]  # short episodes of many lengths, discrete actions
 SWINGUP = ["task=dmc/cartpole-swingup", "task.action_repeat=20", *TINY]  # 50 steps an episode
 SWINGUP += ["agent.seed_steps=4", "agent.update_ratio=1"]
+
+
+def forbid_filming(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every film of the trainer fail, as on a machine without GL."""
+
+    def fail(*_):
+        raise VideoError("no video: not in this test")
+
+    monkeypatch.setattr(trainer, "film_episode", fail)
 
 
 def run(run_dir: Path, *words: str) -> int:

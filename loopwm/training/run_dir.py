@@ -19,7 +19,7 @@ PACKAGES = ("torch", "numpy", "gymnasium", "dm-control", "mujoco")  # whose vers
 # What a resumed run may change: where and how long it runs, and what it shows. Else it would be another run.
 FREE_ON_RESUME = {
     "frames", "run_dir", "resume", "eval_every", "eval_episodes", "log_every", "checkpoint_every",
-    "video_every", "device", "threads", "workers", "compile", "replay.path",
+    "video_every", "device", "threads", "workers", "replay.path",
 }  # fmt: skip
 
 
@@ -92,14 +92,18 @@ def read_run(run_dir: Path) -> tuple[Config, int]:
     return read_config(run_dir / "config.yaml"), frames[-1]
 
 
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    return {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+
+
 def describe(cfg: Config) -> dict[str, Any]:
     """What summary.json says of a run beside its results; ``config`` is for the hparams view."""
-    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     return {
         "task": cfg.task.id,
         "agent": cfg.agent.name,
         "dynamics": cfg.dynamics.name,
         "seed": cfg.seed,
-        "versions": versions,
+        "versions": versions(),
         "config": flatten(cfg),
     }
