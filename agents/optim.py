@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 
 def flatten_parameters(modules: Iterable[nn.Module]) -> Tensor:
@@ -31,33 +32,40 @@ class FlatAdam:
         learning_rate: step size. clip_norm: largest norm of the whole gradient.
     """
 
+    STATE = ("flat", "first_moment", "second_moment", "steps")
+
     def __init__(self, modules: list[nn.Module], learning_rate: float, clip_norm: float, eps: float = 1e-8):
         self.flat = flatten_parameters(modules).requires_grad_()
         self.flat.grad = torch.zeros_like(self.flat)
-        self.clip_norm = clip_norm
+        self.learning_rate, self.clip_norm, self.eps = learning_rate, clip_norm, eps
         start = 0
         for p in (p for module in modules for p in module.parameters()):
             p.grad = self.flat.grad[start : start + p.numel()].view_as(p)
             start += p.numel()
-        self.adam = torch.optim.Adam([self.flat], lr=learning_rate, eps=eps, fused=True)
+        # torch's functional Adam: the class around it imports torch._dynamo, two seconds of every start.
+        self.first_moment, self.second_moment = torch.zeros_like(self.flat.grad), torch.zeros_like(self.flat.grad)
+        self.steps = torch.zeros((), device=self.flat.device)
 
     def zero_grad(self) -> None:
         self.flat.grad.zero_()
 
+    @torch.no_grad()
     def step(self) -> Tensor:
         """Clip, step; returns the gradient's norm () before clipping."""
         norm = torch.linalg.vector_norm(self.flat.grad)
         self.flat.grad.mul_((self.clip_norm / (norm + 1e-6)).clamp_max(1.0))
-        self.adam.step()
+        state = [self.first_moment], [self.second_moment], [], [self.steps]
+        adam([self.flat], [self.flat.grad], *state, fused=True, amsgrad=False, maximize=False, weight_decay=0.0,
+             beta1=0.9, beta2=0.999, lr=self.learning_rate, eps=self.eps)  # fmt: skip
         return norm
 
-    def state_dict(self) -> dict:
-        return {"flat": self.flat.detach(), "adam": self.adam.state_dict()}
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name).detach() for name in self.STATE}
 
-    def load_state_dict(self, state: dict) -> None:
-        with torch.no_grad():
-            self.flat.copy_(state["flat"])
-        self.adam.load_state_dict(state["adam"])
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name in self.STATE:
+            getattr(self, name).copy_(state[name])
 
 
 class EMATarget:

@@ -187,7 +187,7 @@ class PlannerConfig(Section):
     clip_norm: Positive = 20.0  # largest norm of a gradient, no unit
     discount: Fraction = 0.99  # worth of the next agent step's return, no unit, in (0, 1)
     n_step: Count = 5  # rewards summed before the value target bootstraps, agent steps
-    tau: Share = 0.01  # part of the new weights the value and policy targets take per update, in [0, 1]
+    tau: Share = 0.02  # part of the new weights the value and policy targets take per update, in [0, 1]
     model_tau: Share = 0.01  # the same for the slow world model, whose latents are predicted and acted on, in [0, 1]
     consistency_weight: NonNegative = 1.0  # weight of the latent consistency loss, no unit
     reward_weight: NonNegative = 0.2  # weight of the reward loss, no unit

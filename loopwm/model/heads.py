@@ -14,9 +14,10 @@ def symexp(x: Tensor) -> Tensor:
 
 
 class TwoHot(nn.Module):
-    """A scalar as a distribution over ``bins`` equal steps of symlog space in [low, high] (TD-MPC2, 2310.16828).
+    """A scalar as a distribution over ``bins`` values, symexp of equal steps in [low, high] (2301.04104, eq. 9-10).
 
-    The mean is taken in symlog space too, so it lies below the scalar's own wherever there is spread.
+    Mean and code are linear in the scalar itself, not in its symlog: an expectation taken in symlog space lies below
+    that of the scalar wherever there is spread, and bootstrapping would pile the difference up.
     """
 
     centers: Tensor
@@ -26,18 +27,19 @@ class TwoHot(nn.Module):
         if bins < 2 or low >= high:
             raise ValueError(f"need bins >= 2 and low < high, got {bins}, {low}, {high}")
         self.bins, self.low, self.step = bins, low, (high - low) / (bins - 1)
-        self.register_buffer("centers", torch.linspace(low, high, bins), persistent=False)
+        self.register_buffer("centers", symexp(torch.linspace(low, high, bins)), persistent=False)
 
     def decode(self, logits: Tensor) -> Tensor:
-        """Value (...,) of logits (..., bins): symexp of the expectation in symlog space."""
-        return symexp(torch.softmax(logits, -1) @ self.centers)
+        """Expected value (...,) of logits (..., bins)."""
+        return torch.softmax(logits, -1) @ self.centers
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy (...,) of logits (..., bins) with the two-hot code of target (...,)."""
-        position = ((symlog(target) - self.low) / self.step).clamp(0, self.bins - 1)
-        below = position.floor().clamp_max(self.bins - 2)
-        weight = (position - below).unsqueeze(-1)  # (..., 1), share of the upper bin
-        index = below.long().unsqueeze(-1)
+        position = (symlog(target) - self.low) / self.step
+        below = position.floor().clamp(0, self.bins - 2).long()
+        under, over = self.centers[below], self.centers[below + 1]
+        weight = ((target - under) / (over - under)).clamp(0, 1).unsqueeze(-1)  # (..., 1), share of the upper bin
+        index = below.unsqueeze(-1)
         log_p = torch.log_softmax(logits, -1)
         lower, upper = log_p.gather(-1, index), log_p.gather(-1, index + 1)
         return -(lower + weight * (upper - lower)).squeeze(-1)
