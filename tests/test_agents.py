@@ -570,7 +570,7 @@ def test_value_learns_its_target():
     agent = make(learning_rate=0.01)
     z, action = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(20, A)
     target = torch.linspace(-30, 30, 20)
-    for _ in range(500):
+    for _ in range(1500):  # a stray 0.01 % of the outermost bin, 22,025, is worth 2.2: the tails fade last
         agent._update_value(z, action, target)
     learnt = agent.value.values(z, action).detach()
     torch.testing.assert_close(learnt, target.expand(2, -1), atol=3.0, rtol=0.15)

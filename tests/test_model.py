@@ -82,6 +82,13 @@ def test_two_hot_decodes_equal_logits_to_zero():
     assert abs(float(code.decode(torch.zeros(63)))) < 1e-5
 
 
+def test_two_hot_mean_is_of_the_scalar_itself():
+    """A mean in symlog space reads 9.05 here: risk-averse, it kept a walker standing still (benchmarks/returns)."""
+    code = TwoHot(63, -6.0, 6.0).double()
+    spread = two_hot(code, torch.tensor([0.0, 100.0], dtype=torch.float64)).mean(0)
+    torch.testing.assert_close(float(code.decode(spread.clamp_min(1e-300).log())), 50.0, rtol=1e-6, atol=0.0)
+
+
 @pytest.mark.parametrize("case", [(1, -1.0, 1.0), (5, 1.0, 1.0), (5, 2.0, 1.0)])
 def test_two_hot_refuses_empty_ranges(case):
     with pytest.raises(ValueError, match="bins"):
