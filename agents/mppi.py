@@ -20,7 +20,7 @@ class PlanBudget:
     elites: int = 12  # best sequences that the distribution is refitted to
     temperature: float = 0.5  # weight exp((score - best) / temperature), scores standardised over the elites
     min_std: float = 0.05  # floor of the sampling spread, action units
-    max_std: float = 0.6  # first spread, action units
+    max_std: float = 0.6  # first spread, action units (discrete: share of uniform draws)
 
 
 Score = Callable[[Tensor, Tensor], Tensor]  # z (R, Z), actions (H, R, A) -> return (R,)
@@ -33,8 +33,8 @@ def mppi(
     """Refine a distribution over action sequences for N states at once.
 
     Args:
-        z: (N, Z) latents. prior: (H, N, P, A) sequences of the policy. mean: (H, N, A) first guess (the previous plan
-        moved on by a step). score: imagined return of sequences. discrete: actions are one-hot, ``mean`` probabilities.
+        z: (N, Z) latents. prior: (H, N, P, A) sequences of the policy. mean: (H, N, A) first guess.
+        score: imagined return of sequences. discrete: actions are one-hot, ``mean`` probabilities.
 
     Returns:
         (action (N, A), mean (H, N, A)); a one-hot action where discrete.
@@ -42,6 +42,7 @@ def mppi(
     horizon, envs, from_policy, action_dim = prior.shape
     drawn = budget.samples - from_policy
     std = torch.full_like(mean, budget.max_std)
+    least = min(budget.min_std, budget.max_std)
     prior_value: Tensor | None = None
     for _ in range(budget.iterations):
         fresh = _draw(mean, std, drawn, generator, discrete)  # (H, N, S - P, A)
@@ -58,7 +59,12 @@ def mppi(
         weight = torch.softmax((elite_value - elite_value[:, :1]) / (spread * budget.temperature), 1)
         weight = weight.view(1, envs, -1, 1)
         mean = (weight * chosen).sum(2)  # (H, N, A)
-        std = (weight * (chosen - mean.unsqueeze(2)).square()).sum(2).sqrt().clamp(budget.min_std, budget.max_std)
+        std = (
+            (weight * (chosen - mean.unsqueeze(2)).square())
+            .sum(2)
+            .sqrt()
+            .clamp(min(budget.min_std, budget.max_std), budget.max_std)
+        )
     if discrete:
         best = mean[0].argmax(-1)
         return torch.nn.functional.one_hot(best, action_dim).to(mean.dtype), mean
@@ -80,7 +86,8 @@ def _draw(mean: Tensor, std: Tensor, count: int, generator: torch.Generator, dis
     if not discrete:
         noise = torch.randn(shape, generator=generator, device=mean.device)
         return (mean.unsqueeze(2) + std.unsqueeze(2) * noise).clamp_(-1.0, 1.0)
-    # A tenth of uniform probability keeps every action in play.
-    probability = 0.9 * mean + 0.1 / mean.shape[2]
+    # For one-hot actions the spread is the share of uniform draws: it keeps every action in play.
+    share = std.mean(-1, keepdim=True)  # (H, N, 1)
+    probability = (1.0 - share) * mean + share / mean.shape[2]
     drawn = torch.multinomial(probability.reshape(-1, mean.shape[2]), count, True, generator=generator)
     return torch.nn.functional.one_hot(drawn.view(shape[:3]), mean.shape[2]).to(mean.dtype)

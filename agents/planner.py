@@ -70,7 +70,6 @@ class PlannerAgent:
         self.updates = 0
         self.acted = 0  # agent steps chosen while exploring
         self._noise = CorrelatedNoise(config.explore_correlation)
-        self._plan: Tensor | None = None  # (H, N, A) the previous plan
 
     def encode(self, obs: Tensor) -> Tensor:
         """obs (..., O) -> z (..., Z) by the slow copy of the world model.
@@ -87,7 +86,8 @@ class PlannerAgent:
         c = self.config
         policy_samples = max(1, c.plan_samples // 4)
         elites = max(1, c.plan_samples // 5)
-        return PlanBudget(c.plan_samples, c.plan_iterations, c.plan_horizon, policy_samples, elites)
+        std = self._annealed(c.plan_std, c.plan_std_final)
+        return PlanBudget(c.plan_samples, c.plan_iterations, c.plan_horizon, policy_samples, elites, max_std=std)
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, *, first: np.ndarray | None = None, explore: bool = False) -> np.ndarray:
@@ -99,25 +99,21 @@ class PlannerAgent:
                 return self._to_env(self._explore(torch.zeros(envs, self.action_dim, device=self.device), first, 1.0))
         z = self.encode(torch.as_tensor(obs, device=self.device))  # (N, Z)
         if self.config.plan_samples > 0 and (self.config.plan_collect or not explore):
-            action = self.plan(z, first)
+            action = self.plan(z)
         else:
             action = self.policy(z)[0]  # (N, A)
         return self._to_env(self._explore(action, first, self._noise_std()) if explore else action)
 
-    def plan(self, z: Tensor, first: np.ndarray | None = None) -> Tensor:
-        """MPPI from z (N, Z) -> action (N, A), continuing the previous plan except where ``first`` (N,)."""
-        budget, envs = self.budget, z.shape[0]
-        start = torch.zeros(budget.horizon, envs, self.action_dim, device=self.device)
-        if self.discrete:
-            start += 1.0 / self.action_dim
-        if self._plan is not None and self._plan.shape == start.shape:
-            keep = torch.as_tensor(np.zeros(envs, bool) if first is None else first, device=self.device)
-            moved = torch.cat([self._plan[1:], start[-1:]])
-            start = torch.where(keep.view(1, -1, 1), start, moved)
+    def plan(self, z: Tensor) -> Tensor:
+        """MPPI from z (N, Z) -> action (N, A), around what the policy would do.
+
+        It starts from the policy's own sequence, not from the previous plan: with a trained policy that search came
+        out worse than the policy it began with (docs/results.md). Young policies need a wide one, hence ``plan_std``.
+        """
+        budget = self.budget
         with self.slow_model.frozen():
             prior = self._policy_sequences(z, budget)
-            action, self._plan = mppi(z, prior, start, self._score, budget, self.generator, self.discrete)
-        return action
+            return mppi(z, prior, prior[:, :, 0], self._score, budget, self.generator, self.discrete)[0]
 
     def _policy_sequences(self, z: Tensor, budget: PlanBudget) -> Tensor:
         """Imagined policy action sequences (H, N, P, A): the first is the policy's own, the others are perturbed."""
@@ -147,9 +143,13 @@ class PlannerAgent:
         return self.config.plan_loops or None
 
     def _noise_std(self) -> float:
+        return self._annealed(self.config.explore_std, self.config.explore_std_final)
+
+    def _annealed(self, start: float, end: float) -> float:
+        """From start to end in a straight line, over ``explore_decay_steps`` exploring steps after the seed phase."""
         c = self.config
         share = min(1.0, max(0.0, (self.acted - c.seed_steps) / max(1, c.explore_decay_steps)))
-        return c.explore_std + share * (c.explore_std_final - c.explore_std)
+        return start + share * (end - start)
 
     def _explore(self, action: Tensor, first: np.ndarray | None, std: float) -> Tensor:
         """Add noise that is correlated over time; for discrete actions, epsilon-greedy with epsilon = std."""
@@ -169,7 +169,7 @@ class PlannerAgent:
         """See ``Agent.evaluator``: deterministic, and the same plan noise for every evaluation."""
         view = copy.copy(self)
         view.generator = torch.Generator(self.device).manual_seed(0)
-        view._plan, view._noise = None, CorrelatedNoise(self.config.explore_correlation)
+        view._noise = CorrelatedNoise(self.config.explore_correlation)
         return view
 
     # ---- learning -----------------------------------------------------------------------------------------------
@@ -295,7 +295,6 @@ class PlannerAgent:
             "updates": self.updates,
             "acted": self.acted,
             "noise": self._noise.state,
-            "plan": self._plan,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -307,7 +306,7 @@ class PlannerAgent:
         self.generator.set_state(state["generator"].cpu())
         self.depth_generator.set_state(state["depth_generator"].cpu())
         self.updates, self.acted = state["updates"], state["acted"]
-        self._noise.state, self._plan = state["noise"], state["plan"]
+        self._noise.state = state["noise"]
 
     def _optimizers(self) -> dict[str, FlatAdam]:
         return {"model": self.model_optimizer, "value": self.value_optimizer, "policy": self.policy_optimizer}

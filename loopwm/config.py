@@ -203,6 +203,8 @@ class PlannerConfig(Section):
     plan_samples: Whole = 64  # action sequences per planning iteration, count; 0: the policy acts alone
     plan_iterations: Count = 1  # refinements of the plan for one action, count
     plan_horizon: Count = 3  # how far a plan looks ahead, agent steps
+    plan_std: Share = 1.0  # first spread of a plan around the policy, action units (discrete: share of uniform draws)
+    plan_std_final: Share = 0.15  # its last spread, reached with explore_decay_steps, action units
     plan_loops: Whole = 4  # loops in each prediction while planning; 0: adaptive
     plan_policy_std: NonNegative = 0.2  # spread of the perturbed policy sequences of a plan, action units
     plan_collect: bool = False  # plan while collecting training data too, yes or no; no: the policy collects

@@ -355,6 +355,7 @@ def test_evaluation_is_deterministic_and_disturbs_nothing(plan_loops, discrete):
 
     state = copy.deepcopy(agent.state_dict())
     never_acted = make(discrete, plan_loops=plan_loops)  # the same weights, but nothing carried over
+    never_acted.acted = agent.acted  # a plan's spread follows what was explored
     once, again, fresh = evaluate(agent), evaluate(agent), evaluate(never_acted)
     assert all((a == b).all() and (a == c).all() for a, b, c in zip(once, again, fresh, strict=True))
     assert same(state, agent.state_dict())
@@ -373,24 +374,21 @@ def test_evaluator_sees_later_training():
 
 
 @KINDS
-def test_a_plan_moves_on_by_one_step_except_at_an_episodes_start(monkeypatch, discrete):
-    agent, starts = make(discrete), []
+def test_a_plan_starts_from_the_policys_own_sequence_and_narrows(monkeypatch, discrete):
+    agent, spreads = make(discrete, plan_std=0.8, plan_std_final=0.2, seed_steps=10, explore_decay_steps=100), []
 
-    def spy(z, prior, mean, *rest):
-        starts.append(mean.clone())
+    def spy(z, prior, mean, score, budget, *rest):
+        action, first = agent.policy(z)[0], mean[0]
         assert prior.shape[:2] == mean.shape[:2] and prior.shape[3] == A
-        return mppi(z, prior, mean, *rest)
+        torch.testing.assert_close(first, action)
+        spreads.append(budget.max_std)
+        return mppi(z, prior, mean, score, budget, *rest)
 
     monkeypatch.setattr("agents.planner.mppi", spy)
-    neutral = torch.full((3, N, A), 1.0 / A if discrete else 0.0)
-    agent.act(observations())
-    assert torch.equal(starts[0], neutral)
-    plan = agent._plan.clone()
-    agent.act(observations(seed=1), first=np.array([False, True, False, False]))
-    torch.testing.assert_close(starts[1][:2, [0, 2, 3]], plan[1:, [0, 2, 3]])
-    assert torch.equal(starts[1][2], neutral[2]) and torch.equal(starts[1][:, 1], neutral[:, 1])
-    agent.act(observations(2))
-    assert torch.equal(starts[2], neutral[:, :2]), "another number of environments drops the plan"
+    for acted in (0, 10, 60, 110, 1000):
+        agent.acted = acted
+        agent.act(observations())
+    assert spreads == pytest.approx([0.8, 0.8, 0.5, 0.2, 0.2])
 
 
 def test_score_is_the_imagined_return():
