@@ -1,0 +1,105 @@
+"""One change of the default at a time, by paired seeds: what each buys per frame, and what it costs per second.
+
+python -m benchmarks.ablations --task dmc/walker-walk --change tau policy_every
+python -m benchmarks.ablations --set-change slow="agent.tau=0.005 agent.model_tau=0.005"
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from benchmarks.harness import curve, interval, parser, report, train_all
+
+# Name -> the words that change it. What was screened by hand with one or two seeds, so that anyone can settle it.
+CHANGES: dict[str, tuple[str, ...]] = {
+    "slow_targets": ("agent.tau=0.01",),
+    "long_returns": ("agent.n_step=8",),
+    "short_returns": ("agent.n_step=3",),
+    "no_policy_delay": ("agent.policy_every=1",),
+    "fewer_model_updates": ("agent.model_every=4",),
+    "more_updates": ("agent.update_ratio=1", "agent.tau=0.01", "agent.model_every=4"),
+    "white_noise": ("agent.explore_std=0.2", "agent.explore_std_final=0.2", "agent.explore_correlation=0"),
+    "plan_collect": ("agent.plan_collect=true",),
+    "policy_alone": ("agent.plan_samples=0",),
+    "fixed_depth": ("dynamics.depth_sampler=fixed",),
+    "two_loops": ("dynamics.mean_loops=2",),
+    "uncertified": ("dynamics.mode=linear",),
+    "deep_prelude": ("dynamics.prelude_layers=2",),
+}
+TASKS = ("dmc/cartpole-swingup", "dmc/walker-walk", "dmc/cheetah-run")
+
+
+def late_return(run_dir: Path) -> float:
+    """Mean evaluation over the second half of a run: single evaluations of one run differ too much to compare."""
+    points = curve(run_dir)
+    return float(np.mean([value for _, value in points[len(points) // 2 :]]))
+
+
+def paired(mine: list[float], base: list[float]) -> dict[str, float]:
+    """Mean difference over paired seeds and its 95 % Student interval (a bootstrap of three pairs is overconfident)."""
+    test = stats.ttest_rel(mine, base)
+    bounds = test.confidence_interval(0.95)
+    value = float(np.mean(mine) - np.mean(base))
+    return {"value": round(value, 3), "low": round(float(bounds.low), 3), "high": round(float(bounds.high), 3)}
+
+
+def parse_changes(words: list[str]) -> dict[str, tuple[str, ...]]:
+    """NAME=WORDS -> {NAME: the words}."""
+    pairs = (word.partition("=") for word in words)
+    return {name: tuple(settings.split()) for name, _, settings in pairs}
+
+
+def main(arguments: list[str]) -> None:
+    p = parser(__doc__.splitlines()[0])
+    p.add_argument("--task", nargs="+", default=list(TASKS))
+    p.add_argument("--frames", type=int, default=50_000)
+    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--change", nargs="*", default=None, choices=CHANGES, metavar="NAME", help=", ".join(CHANGES))
+    p.add_argument("--set-change", nargs="*", default=[], metavar='NAME="KEY=VALUE ..."', help="a change of your own")
+    args = p.parse_args(arguments)
+    own = parse_changes(args.set_change)
+    names = args.change if args.change is not None else ([] if own else list(CHANGES))
+    changes = {"default": ()} | {name: CHANGES[name] for name in names} | own
+    seeds = range(2 if args.quick else args.seeds)
+    if len(seeds) < 2:
+        p.error("--seeds: a paired comparison needs at least two")
+    frames = min(args.frames, 20_000) if args.quick else args.frames
+
+    jobs: dict[Path, list[str]] = {}
+    place: dict[tuple[str, str, int], Path] = {}
+    for task in args.task:
+        for seed in seeds:
+            for name, words in changes.items():
+                run_dir = args.runs / f"ablation_{task.replace('/', '-')}_{name}_{frames}_s{seed}"
+                place[task, name, seed] = run_dir
+                jobs[run_dir] = [f"task={task}", f"seed={seed}", f"frames={frames}", *words]
+    train_all(jobs, args.jobs)
+
+    rows, headline, verdicts = [], {}, []
+    for task in args.task:
+        base = [late_return(place[task, "default", seed]) for seed in seeds]
+        headline[f"{task} default"] = interval(base)
+        for name, words in changes.items():
+            dirs = [place[task, name, seed] for seed in seeds]
+            row = {"task": task, "change": name, "words": words, "late_return": [late_return(d) for d in dirs]}
+            row["frames_per_second"] = [np.median([v for _, v in curve(d, "time/frames_per_second")]) for d in dirs]
+            rows.append(row)
+            if name == "default":
+                continue
+            gain = paired(row["late_return"], base)
+            headline[f"{task} {name} - default"] = gain
+            if gain["low"] > 0 or gain["high"] < 0:
+                verdicts.append(f"{name} {gain['value']:+.0f} on {task}")
+    found = "; ".join(verdicts) or "no change differs from the default beyond its 95 % interval"
+    verdict = (
+        f"Return over the second half, {len(seeds)} paired seeds, intervals not corrected for their number: {found}."
+    )
+    report("ablations", args, seeds, rows, headline, verdict)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
