@@ -20,6 +20,12 @@ Policy = Callable[[gymnasium.Env, np.random.Generator], object]
 BEAM = 64  # piles kept at each depth of a plan; at depth 1 that is all of them for S = 8
 
 
+def random_policy(env: gymnasium.Env, rng: np.random.Generator) -> object:
+    """An action drawn from `rng`."""
+    env.action_space.seed(int(rng.integers(2**31)))
+    return env.action_space.sample()
+
+
 def drop_plan(env: SandpileEnv, rng: np.random.Generator, depth: int) -> int:
     """First drop of the plan that drains the pile soonest, or else makes it lightest `depth` drops from now."""
     pile = env.pile
@@ -67,12 +73,6 @@ def _distance(state: int, goal: int) -> int:
     return int(DISTANCE[np.flatnonzero((needed == PERMUTATIONS).all(1))[0]])
 
 
-def random_policy(env: gymnasium.Env, rng: np.random.Generator) -> object:
-    """An action drawn from `rng`."""
-    env.action_space.seed(int(rng.integers(2**31)))
-    return env.action_space.sample()
-
-
 POLICIES: dict[str, dict[str, Policy]] = {
     "loopwm/Sandpile-v0": {
         "random": random_policy,
@@ -88,8 +88,8 @@ POLICIES: dict[str, dict[str, Policy]] = {
 }
 
 
-def episode(task: str, policy: Policy, seed: int) -> dict:
-    """Return, steps and the difficulties of one episode."""
+def episode(task: str, policy: Policy, seed: int) -> tuple[float, bool, list[int]]:
+    """Return, whether it terminated, and the difficulty of each step of one episode."""
     env, rng = gymnasium.make(task, disable_env_checker=True), np.random.default_rng(seed)
     env.reset(seed=seed)
     total, over, difficulties = 0.0, False, []
@@ -97,7 +97,20 @@ def episode(task: str, policy: Policy, seed: int) -> dict:
         _, reward, terminated, truncated, info = env.step(policy(env.unwrapped, rng))
         total, over = total + reward, terminated or truncated
         difficulties.append(info["difficulty"])
-    return {"seed": seed, "return": total, "terminated": terminated, "difficulty": difficulties}
+    return total, terminated, difficulties
+
+
+def measure(task: str, name: str, seeds: range) -> dict:
+    """One row: a policy's episodes on a world."""
+    episodes = [episode(task, POLICIES[task][name], seed) for seed in seeds]
+    returns, terminated, difficulties = zip(*episodes, strict=True)
+    percentiles = np.percentile(np.concatenate(difficulties), [50, 90, 99, 100])
+    row = {"task": task, "policy": name, "returns": returns, "steps": [len(part) for part in difficulties]}
+    row |= {"terminated": float(np.mean(terminated)), "difficulty_50_90_99_100": percentiles.round(1).tolist()}
+    print(f"{task} {name}: steps {np.mean(row['steps']):.1f} +- {np.std(row['steps']):.1f}", end=", ")
+    print(f"return {np.mean(returns):.2f} +- {np.std(returns):.2f}", end=", ")
+    print(f"terminated {row['terminated']:.2f}, difficulty {row['difficulty_50_90_99_100']}", flush=True)
+    return row
 
 
 def main(arguments: list[str]) -> None:
@@ -105,18 +118,8 @@ def main(arguments: list[str]) -> None:
     p.add_argument("--episodes", type=int, default=20)
     args = p.parse_args(arguments)
     seeds = range(3 if args.quick else args.episodes)
-    rows, headline = [], {}
-    for task, policies in POLICIES.items():
-        for name, policy in policies.items():
-            mine = [{"task": task, "policy": name, **episode(task, policy, seed)} for seed in seeds]
-            rows += mine
-            headline[f"{task} {name}"] = interval([row["return"] for row in mine])
-            steps = np.array([len(row["difficulty"]) for row in mine])
-            depth = np.concatenate([row["difficulty"] for row in mine])
-            print(f"{task} {name}: steps {steps.mean():.1f} +- {steps.std():.1f}", end=", ")
-            print(f"return std {np.std([row['return'] for row in mine]):.2f}", end=", ")
-            print(f"terminated {np.mean([row['terminated'] for row in mine]):.2f}", end=", ")
-            print("difficulty 50/90/99/100 %:", *np.percentile(depth, [50, 90, 99, 100]).round(1), flush=True)
+    rows = [measure(task, name, seeds) for task, policies in POLICIES.items() for name in policies]
+    headline = {f"{row['task']} {row['policy']}": interval(row["returns"]) for row in rows}
     means = "; ".join(f"{name}: {figure['value']:.2f}" for name, figure in headline.items())
     report("world_oracles", args, seeds, rows, headline, f"Mean return over {len(seeds)} episodes: {means}.")
 
