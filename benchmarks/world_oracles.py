@@ -73,6 +73,13 @@ def _distance(state: int, goal: int) -> int:
     return int(DISTANCE[np.flatnonzero((needed == PERMUTATIONS).all(1))[0]])
 
 
+def held_policy(env: gymnasium.Env, rng: np.random.Generator, hold: float) -> np.ndarray:
+    """A random action with its last entry, TimeWarp's hold, set to `hold`."""
+    action = random_policy(env, rng)
+    action[-1] = hold
+    return action
+
+
 POLICIES: dict[str, dict[str, Policy]] = {
     "loopwm/Sandpile-v0": {
         "random": random_policy,
@@ -84,6 +91,12 @@ POLICIES: dict[str, dict[str, Policy]] = {
         "random": random_policy,
         "greedy": lambda env, rng: word_plan(env, rng, shape_far=False),
         "shortest_words": lambda env, rng: word_plan(env, rng, shape_far=True),
+    },
+    # No oracle here: only what the hold alone does to a policy that knows nothing.
+    "loopwm/TimeWarp-cartpole-swingup-v0": {
+        "random": random_policy,
+        "random_hold_1": lambda env, rng: held_policy(env, rng, -1.0),
+        "random_hold_16": lambda env, rng: held_policy(env, rng, 1.0),
     },
 }
 
