@@ -1,5 +1,6 @@
-"""Gymnasium and DeepMind Control behind one make_env and one make_vector_env."""
+"""Gymnasium, DeepMind Control and our own worlds behind one make_env and one make_vector_env."""
 
+from envs import worlds  # registers them with Gymnasium
 from envs.errors import RenderingUnavailable, TaskError
 from envs.make import make_env, make_vector_env, resolve_action_repeat
 from envs.resume import restore_vector_env, vector_env_state
@@ -14,4 +15,5 @@ __all__ = [
     "restore_vector_env",
     "space_dims",
     "vector_env_state",
+    "worlds",
 ]
