@@ -42,7 +42,6 @@ def mppi(
     horizon, envs, from_policy, action_dim = prior.shape
     drawn = budget.samples - from_policy
     std = torch.full_like(mean, budget.max_std)
-    least = min(budget.min_std, budget.max_std)
     prior_value: Tensor | None = None
     for _ in range(budget.iterations):
         fresh = _draw(mean, std, drawn, generator, discrete)  # (H, N, S - P, A)
@@ -59,7 +58,7 @@ def mppi(
         weight = torch.softmax((elite_value - elite_value[:, :1]) / (spread * budget.temperature), 1)
         weight = weight.view(1, envs, -1, 1)
         mean = (weight * chosen).sum(2)  # (H, N, A)
-        std = (weight * (chosen - mean.unsqueeze(2)).square()).sum(2).sqrt().clamp(least, budget.max_std)
+        std = (weight * (chosen - mean.unsqueeze(2)).square()).sum(2).sqrt().clamp(budget.min_std, budget.max_std)
     if discrete:
         best = mean[0].argmax(-1)
         return torch.nn.functional.one_hot(best, action_dim).to(mean.dtype), mean

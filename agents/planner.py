@@ -108,7 +108,7 @@ class PlannerAgent:
         """MPPI from z (N, Z) -> action (N, A), around what the policy would do.
 
         It starts from the policy's own sequence, not from the previous plan: with a trained policy that search came
-        out worse than the policy it began with (docs/results.md). Young policies need a wide one, hence ``plan_std``.
+        out worse than the policy it began with (docs/ablations.md). Young policies need a wide one, hence ``plan_std``.
         """
         budget = self.budget
         with self.slow_model.frozen():

@@ -1,6 +1,6 @@
 """One change of the default at a time, by paired seeds: what each buys per frame, and what it costs per second.
 
-python -m benchmarks.ablations --task dmc/walker-walk --change tau policy_every
+python -m benchmarks.ablations --task dmc/walker-walk --change slow_targets no_policy_delay
 python -m benchmarks.ablations --set-change slow="agent.tau=0.005 agent.model_tau=0.005"
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from benchmarks.harness import curve, interval, parser, report, train_all
+from benchmarks.harness import curve, interval, parser, report, train_all, training_run
 
 # Name -> the words that change it. What was screened by hand with one or two seeds, so that anyone can settle it.
 CHANGES: dict[str, tuple[str, ...]] = {
@@ -69,29 +69,25 @@ def main(arguments: list[str]) -> None:
         p.error("--seeds: a paired comparison needs at least two")
     frames = min(args.frames, 20_000) if args.quick else args.frames
 
-    jobs: dict[Path, list[str]] = {}
-    place: dict[tuple[str, str, int], Path] = {}
-    for task in args.task:
-        for seed in seeds:
-            for name, words in changes.items():
-                run_dir = args.runs / f"ablation_{task.replace('/', '-')}_{name}_{frames}_s{seed}"
-                place[task, name, seed] = run_dir
-                jobs[run_dir] = [f"task={task}", f"seed={seed}", f"frames={frames}", *words]
-    train_all(jobs, args.jobs)
+    runs = {
+        (task, name, seed): training_run(args.runs, task, "looped", seed, frames, words)
+        for task in args.task
+        for seed in seeds
+        for name, words in changes.items()
+    }
+    train_all(dict(runs.values()), args.jobs)
 
     rows, headline, verdicts = [], {}, []
     for task in args.task:
-        base = [late_return(place[task, "default", seed]) for seed in seeds]
-        headline[f"{task} default"] = interval(base)
         for name, words in changes.items():
-            dirs = [place[task, name, seed] for seed in seeds]
-            row = {"task": task, "change": name, "words": words, "late_return": [late_return(d) for d in dirs]}
-            row["frames_per_second"] = [np.median([v for _, v in curve(d, "time/frames_per_second")]) for d in dirs]
-            rows.append(row)
-            if name == "default":
+            dirs = [runs[task, name, seed][0] for seed in seeds]
+            late = [late_return(d) for d in dirs]
+            speed = [np.median([v for _, v in curve(d, "time/frames_per_second")]) for d in dirs]
+            rows.append({"task": task, "change": name, "words": words, "late_return": late, "frames_per_second": speed})
+            if name == "default":  # the first of the changes
+                base, headline[f"{task} default"] = late, interval(late)
                 continue
-            gain = paired(row["late_return"], base)
-            headline[f"{task} {name} - default"] = gain
+            gain = headline[f"{task} {name} - default"] = paired(late, base)
             if gain["low"] > 0 or gain["high"] < 0:
                 verdicts.append(f"{name} {gain['value']:+.0f} on {task}")
     found = "; ".join(verdicts) or "no change differs from the default beyond its 95 % interval"

@@ -81,6 +81,15 @@ def report(
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
+def training_run(
+    runs: Path, task: str, dynamics: str, seed: int, frames: int, settings: Sequence[str]
+) -> tuple[Path, list[str]]:
+    """(directory, overrides) of one run: every setting is in the name, so a kept run is never taken for another."""
+    extra = "".join(f"_{word}" for word in settings).replace("/", "-")
+    name = f"{task.replace('/', '-')}_{dynamics}_{frames}{extra}_s{seed}"
+    return runs / name, [f"task={task}", f"dynamics={dynamics}", f"seed={seed}", f"frames={frames}", *settings]
+
+
 def curve(run_dir: Path, tag: str = "eval/return") -> list[tuple[int, float]]:
     """(env frames, value) of one tag of a run."""
     path = run_dir / "metrics.jsonl"

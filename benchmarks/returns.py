@@ -6,9 +6,8 @@ python -m benchmarks.returns --task dmc/cup-catch --frames 100000 --seeds 3 --dy
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-from benchmarks.harness import at_frames, curve, interval, parser, report, train_all
+from benchmarks.harness import at_frames, curve, interval, parser, report, train_all, training_run
 
 CONTROLS = ("single_pass", "stacked", "wide")
 
@@ -24,14 +23,12 @@ def main(arguments: list[str]) -> None:
     seeds = range(2 if args.quick else args.seeds)
     frames = min(args.frames, 20_000) if args.quick else args.frames
 
-    jobs: dict[Path, list[str]] = {}
-    for seed in seeds:
-        for task in args.task:
-            for dynamics in args.dynamics:
-                words = [f"task={task}", f"dynamics={dynamics}", f"seed={seed}", f"frames={frames}", *args.set]
-                extra = "".join(f"_{word}" for word in args.set).replace("/", "-")
-                name = f"{task.replace('/', '-')}_{dynamics}_{frames}{extra}_s{seed}"
-                jobs[args.runs / name] = words
+    jobs = dict(
+        training_run(args.runs, task, dynamics, seed, frames, args.set)
+        for seed in seeds
+        for task in args.task
+        for dynamics in args.dynamics
+    )
     train_all(jobs, args.jobs)
 
     rows, headline = [], {}

@@ -389,6 +389,12 @@ WRONG = {
     "gym/CartPole-v7": "did you mean 'gym/CartPole-v",
     "gym/no_such_module:Foo-v0": "needs a package: No module named 'no_such_module'",
     "dmc/lqr-lqr_2_1": "unbounded actions",
+    "gym/loopwm/Sandpil-v0": "did you mean 'gym/loopwm/Sandpile-v0'?",
+    "gym/Sandpile-v0": "did you mean 'gym/loopwm/Sandpile-v0'",
+    "gym/loopwn/Permutation-v0": "did you mean 'gym/loopwm/Permutation-v0'?",
+    "gym/loopwm/TimeWarp-cartpole-swingpu-v0": "did you mean 'gym/loopwm/TimeWarp-cartpole-swingup-v0'?",
+    "gym/loopwm/TimeWarp-finger-turn-easy-v0": "did you mean 'gym/loopwm/TimeWarp-finger-turn_easy-v0'?",
+    "gym/loopwm/TimeWarp-nonsense-v0": "unknown task 'gym/loopwm/TimeWarp-nonsense-v0'",
     "foo/bar": "the suites are dmc and gym",
     "": "must be 'dmc/<domain>-<task>' or 'gym/<id>'",
 }

@@ -112,23 +112,6 @@ def test_frames(name, shape):
     assert frame.shape == shape and frame.dtype == np.uint8 and frame.max() == 255
 
 
-WRONG = {
-    "gym/loopwm/Sandpil-v0": "did you mean 'gym/loopwm/Sandpile-v0'?",
-    "gym/Sandpile-v0": "did you mean 'gym/loopwm/Sandpile-v0'",
-    "gym/loopwn/Permutation-v0": "did you mean 'gym/loopwm/Permutation-v0'?",
-    "gym/loopwm/TimeWarp-cartpole-swingpu-v0": "did you mean 'gym/loopwm/TimeWarp-cartpole-swingup-v0'?",
-    "gym/loopwm/TimeWarp-finger-turn-easy-v0": "did you mean 'gym/loopwm/TimeWarp-finger-turn_easy-v0'?",
-    "gym/loopwm/TimeWarp-nonsense-v0": "unknown task 'gym/loopwm/TimeWarp-nonsense-v0'",
-}
-
-
-@pytest.mark.parametrize("task", WRONG)
-def test_wrong_names_get_one_helpful_line(task):
-    with pytest.raises(TaskError) as caught:
-        make_env(task)
-    assert WRONG[task] in str(caught.value) and "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [(SANDPILE, {"size": size}, "size must be a whole number >= 2") for size in [1, *BAD_NUMBERS]]

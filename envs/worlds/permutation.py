@@ -14,6 +14,7 @@ import numpy as np
 from gymnasium.spaces import Box
 
 from envs.errors import TaskError
+from envs.worlds.arguments import equal_bins, is_whole
 from envs.worlds.drawing import grid_frame
 
 POINTS = 5
@@ -87,8 +88,7 @@ class PermutationEnv(gymnasium.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
 
     def __init__(self, min_k: int = 1, max_k: int = 8, hidden: bool = False, render_mode: str | None = None):
-        whole = all(isinstance(k, (int, np.integer)) and not isinstance(k, bool) for k in (min_k, max_k))
-        if not (whole and 1 <= min_k <= max_k):
+        if not (is_whole(min_k, 1) and is_whole(max_k, min_k)):
             raise TaskError(f"a word's length must be whole numbers 1 <= min_k <= max_k, got {min_k!r} and {max_k!r}")
         self.render_mode = render_mode
         self.observation_space = Box(0.0, 1.0, (2 * POINTS**2 + max_k,), np.float32)
@@ -134,8 +134,7 @@ class PermutationEnv(gymnasium.Env):
 
 def letters(action: np.ndarray) -> np.ndarray:
     """Return the rows of GENERATORS that an action (..., K) in [-1, 1] spells, (..., K)."""
-    bins = np.floor((np.asarray(action, np.float64) + 1) / 2 * len(GENERATORS)).astype(np.int64)
-    return np.clip(bins, 0, len(GENERATORS) - 1)  # an action of exactly 1 belongs to the last bin
+    return equal_bins(action, len(GENERATORS))
 
 
 def _matrix(state: int) -> np.ndarray:

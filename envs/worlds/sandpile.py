@@ -10,6 +10,7 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 
 from envs.errors import TaskError
+from envs.worlds.arguments import is_whole
 from envs.worlds.drawing import grid_frame
 
 FULL = 4  # a cell with this many grains gives one to each of its four neighbours
@@ -103,7 +104,7 @@ class SandpileEnv(gymnasium.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
 
     def __init__(self, size: int = 8, render_mode: str | None = None):
-        if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 2:
+        if not is_whole(size, 2):
             raise TaskError(f"a sandpile's size must be a whole number >= 2, got {size!r}")
         self.render_mode = render_mode
         self.observation_space = Box(0.0, 1.0, (size * size,), np.float32)

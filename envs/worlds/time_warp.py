@@ -8,6 +8,7 @@ from gymnasium.spaces import Box
 
 from envs import dmc
 from envs.errors import TaskError
+from envs.worlds.arguments import equal_bins, is_whole
 
 
 class TimeWarpEnv(gymnasium.Env):
@@ -35,7 +36,7 @@ class TimeWarpEnv(gymnasium.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
 
     def __init__(self, task: str, max_hold: int = 16, render_mode: str | None = None):
-        if not isinstance(max_hold, (int, np.integer)) or isinstance(max_hold, bool) or max_hold < 1:
+        if not is_whole(max_hold, 1):
             raise TaskError(f"max_hold must be a whole number >= 1, got {max_hold!r}")
         self._env = dmc.load(task, f"dmc/{task}", render=render_mode is not None)
         self._max_hold = int(max_hold)
@@ -69,4 +70,4 @@ class TimeWarpEnv(gymnasium.Env):
 
 def hold_steps(entry: float, max_hold: int) -> int:
     """Return the control steps in 1..max_hold that an action's last entry in [-1, 1] asks for."""
-    return 1 + min(max(int((entry + 1) / 2 * max_hold), 0), max_hold - 1)
+    return 1 + int(equal_bins(entry, max_hold))
