@@ -62,6 +62,8 @@ def main(arguments: list[str]) -> None:
     p.add_argument("--set-change", nargs="*", default=[], metavar='NAME="KEY=VALUE ..."', help="a change of your own")
     args = p.parse_args(arguments)
     own = parse_changes(args.set_change)
+    if bad := [name for name, words in own.items() if not words or name in CHANGES or name == "default"]:
+        p.error(f"--set-change {bad[0]!r}: needs NAME=\"KEY=VALUE ...\", and a name that is not taken")
     names = args.change if args.change is not None else ([] if own else list(CHANGES))
     changes = {"default": ()} | {name: CHANGES[name] for name in names} | own
     seeds = range(2 if args.quick else args.seeds)
