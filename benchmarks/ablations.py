@@ -17,11 +17,13 @@ from benchmarks.harness import curve, interval, parser, report, train_all, train
 # Name -> the words that change it. What was screened by hand with one or two seeds, so that anyone can settle it.
 CHANGES: dict[str, tuple[str, ...]] = {
     "slow_targets": ("agent.tau=0.01",),
-    "long_returns": ("agent.n_step=8",),
-    "short_returns": ("agent.n_step=3",),
+    "longer_returns": ("agent.n_step=5",),
+    "one_step_returns": ("agent.n_step=1",),
     "no_policy_delay": ("agent.policy_every=1",),
-    "fewer_model_updates": ("agent.model_every=4",),
-    "more_updates": ("agent.update_ratio=1", "agent.tau=0.01", "agent.model_every=4"),
+    "few_updates_for_all": ("agent.update_ratio=0.5", "agent.model_every=2"),  # as many of the model, half for the rest
+    "more_model_updates": ("agent.model_every=2",),
+    "small_penalty": ("agent.policy_penalty=1e-4",),
+    "large_penalty": ("agent.policy_penalty=4e-3",),
     "white_noise": ("agent.explore_std=0.2", "agent.explore_std_final=0.2", "agent.explore_correlation=0"),
     "plan_collect": ("agent.plan_collect=true",),
     "policy_alone": ("agent.plan_samples=0",),
@@ -63,7 +65,7 @@ def main(arguments: list[str]) -> None:
     args = p.parse_args(arguments)
     own = parse_changes(args.set_change)
     if bad := [name for name, words in own.items() if not words or name in CHANGES or name == "default"]:
-        p.error(f"--set-change {bad[0]!r}: needs NAME=\"KEY=VALUE ...\", and a name that is not taken")
+        p.error(f'--set-change {bad[0]!r}: needs NAME="KEY=VALUE ...", and a name that is not taken')
     names = args.change if args.change is not None else ([] if own else list(CHANGES))
     changes = {"default": ()} | {name: CHANGES[name] for name in names} | own
     seeds = range(2 if args.quick else args.seeds)
