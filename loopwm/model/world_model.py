@@ -63,7 +63,7 @@ class WorldModel(nn.Module):
         self.decoder = decoder
         for rule in dynamics.modules():
             if isinstance(rule, PredictionHalting) and rule.readout is None:
-                rule.readout = self._readout
+                rule.read_off(self._readout)
 
     def encode(self, obs: Tensor) -> Tensor:
         """obs (..., O) -> z (..., Z)."""

@@ -37,8 +37,8 @@ class DropForecast(nn.Module):
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
 
-    def forward(self, h: Tensor, previous: Tensor, t: int) -> Tensor:
-        """log drop (n,) after loop t >= 1, from h (n, ...) and the state before it.
+    def forward(self, h: Tensor, previous: Tensor, t: int | Tensor) -> Tensor:
+        """log drop (n,) after loop t >= 1, one or (n,), from h (n, ...) and the state before it.
 
         Raises:
             ValueError: for states of another size.
@@ -48,7 +48,7 @@ class DropForecast(nn.Module):
             raise ValueError(f"the gate was made for states of {self.state_size} entries, got {state.shape[1]}")
         # Directions and sizes apart: steps shrink by orders of magnitude, and their size says most.
         size = relative_step(h, previous).clamp_min(1e-8).log().unsqueeze(1)  # (n, 1)
-        count = torch.full_like(size, math.log(t))
+        count = torch.as_tensor(t, dtype=size.dtype, device=size.device).log().reshape(-1, 1).expand_as(size)
         normal = [nn.functional.layer_norm(x, (self.state_size,), eps=1e-12) for x in (state, step)]
         return self.layers(torch.cat([*normal, size, count], 1)).squeeze(1)
 
@@ -80,8 +80,9 @@ def gate_loss(gate: DropForecast, states: Tensor, losses: Tensor) -> Tensor:
             f"need losses (T, B) with T >= 2 and states (T + 1, B, ...), got {tuple(losses.shape)} and "
             f"{tuple(states.shape)}"
         )
-    states, drop = states.detach(), remaining_drop(losses.detach())[:-1]  # (T - 1, B)
-    forecast = torch.stack([gate(states[t], states[t - 1], t) for t in range(1, losses.shape[0])])
+    states, drop = states.detach(), remaining_drop(losses.detach())[:-1].flatten()  # ((T - 1) B,)
+    t = torch.arange(1, losses.shape[0]).repeat_interleave(losses.shape[1])
+    forecast = gate(states[1:-1].flatten(0, 1), states[:-2].flatten(0, 1), t)
     return (forecast.exp() - drop * forecast).mean() / drop.mean().clamp_min(torch.finfo(drop.dtype).tiny)
 
 

@@ -110,19 +110,19 @@ class PredictionHalting(HaltingRule):
     def __init__(self, tolerance: float = 0.01, readout: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
         self.tolerance = positive(tolerance, "tolerance")
-        self.readout = readout
+        self.read_off(readout)
 
     @property
     def readout(self) -> Callable[[Tensor], Tensor] | None:
         return self._readout[0]
 
-    @readout.setter
-    def readout(self, readout: Callable[[Tensor], Tensor] | None) -> None:
+    def read_off(self, readout: Callable[[Tensor], Tensor] | None) -> None:
+        """Look at ``readout`` from now on."""
         self._readout = (readout,)  # in a tuple, so that a module's parameters do not become the rule's own
 
     def begin(self, dynamics: LoopedDynamics, h: Tensor) -> HaltingRun:
         if self.readout is None:
-            raise ValueError("halting 'prediction' needs a read-out h -> (B, K): set dynamics.halting.readout")
+            raise ValueError("halting 'prediction' needs a read-out h -> (B, K): give it one by read_off(readout)")
         return _PredictionRun(self.readout, self.tolerance)
 
 
