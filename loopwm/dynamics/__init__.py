@@ -3,6 +3,9 @@
 dynamics = LoopedDynamics(latent_dim=64, action_dim=6, hidden_dim=64)
 out = dynamics(z, action)            # adaptive depth
 out = dynamics(z, action, depth=16)  # exactly 16 loops
+out.early()                          # what an earlier loop would have predicted, for a loss on early exits
+
+Registries name the variants: ``DYNAMICS``, ``DEPTH_SAMPLERS``, ``HALTING``, ``SOLVERS``, ``GRADIENTS``.
 """
 
 from __future__ import annotations

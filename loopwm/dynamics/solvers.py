@@ -47,8 +47,9 @@ class AndersonSolver:
     batch.
 
     Safe: an evaluation whose residual did not fall forgets its sample's history and goes on from f of the best state
-    so far. For a contraction that next residual is at most rho times the best, so no two evaluations in a row fail and
-    the best residual falls at least every second evaluation.
+    so far, which is a plain step. So the best residual never rises, no two evaluations in a row fail where f
+    contracts, and after a failure it falls by the contraction factor at least. Without that, folded maps exist on
+    which the mixture never converges.
 
     Args:
         memory: m, differences kept. ridge: weight of |g|^2 in the least squares, relative to the mean square of dr.
