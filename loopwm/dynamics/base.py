@@ -72,7 +72,7 @@ class DynamicsOutput:
 
 def sample_norm(x: Tensor) -> Tensor:
     """Euclidean norm over all but the batch dimension: (B, ...) -> (B,)."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=-1)
+    return torch.linalg.vector_norm(x if x.ndim == 2 else x.flatten(1), dim=-1)
 
 
 def relative_step(h: Tensor, previous: Tensor) -> Tensor:

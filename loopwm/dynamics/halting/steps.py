@@ -23,7 +23,7 @@ class ResidualHalting(HaltingRule):
         super().__init__()
         self.tolerance = positive(tolerance, "tolerance")
 
-    def forward(self, h: Tensor, previous: Tensor) -> Tensor:
+    def __call__(self, h: Tensor, previous: Tensor) -> Tensor:  # not forward: the way there costs a tenth of a rule
         return relative_step(h, previous) < self.tolerance
 
 
