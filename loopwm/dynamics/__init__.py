@@ -3,6 +3,9 @@
 dynamics = LoopedDynamics(latent_dim=64, action_dim=6, hidden_dim=64)
 out = dynamics(z, action)            # adaptive depth
 out = dynamics(z, action, depth=16)  # exactly 16 loops
+out.early()                          # what an earlier loop would have predicted, for a loss on early exits
+
+Registries name the variants: ``DYNAMICS``, ``DEPTH_SAMPLERS``, ``HALTING``, ``SOLVERS``, ``GRADIENTS``.
 """
 
 from __future__ import annotations
@@ -11,9 +14,20 @@ from torch import nn
 
 from loopwm.dynamics.base import Dynamics, DynamicsOutput
 from loopwm.dynamics.controls import SinglePassDynamics, StackedDynamics, WideDynamics
-from loopwm.dynamics.depth import DepthSchedule
-from loopwm.dynamics.halting import CertifiedHalting, NeverHalt, ResidualHalting
+from loopwm.dynamics.depth import DEPTH_SAMPLERS, DepthSchedule
+from loopwm.dynamics.gradients import GRADIENTS, ImplicitGradient, UnrolledGradient
+from loopwm.dynamics.halting import HALTING
+from loopwm.dynamics.halting.gate import DropForecast, GateHalting, gate_loss
+from loopwm.dynamics.halting.rule import HaltingRule, HaltingRun, PatientHalting
+from loopwm.dynamics.halting.scheduled import FixedHalting, RandomHalting
+from loopwm.dynamics.halting.steps import (
+    CertifiedHalting,
+    PredictionHalting,
+    ResidualHalting,
+    SecondDifferenceHalting,
+)
 from loopwm.dynamics.looped import LoopedDynamics
+from loopwm.dynamics.solvers import SOLVERS, AndersonSolver, PlainSolver
 
 DYNAMICS: dict[str, type[nn.Module]] = {
     "looped": LoopedDynamics,
@@ -23,15 +37,32 @@ DYNAMICS: dict[str, type[nn.Module]] = {
 }
 
 __all__ = [
+    "DEPTH_SAMPLERS",
     "DYNAMICS",
+    "GRADIENTS",
+    "HALTING",
+    "SOLVERS",
+    "AndersonSolver",
     "CertifiedHalting",
     "DepthSchedule",
+    "DropForecast",
     "Dynamics",
     "DynamicsOutput",
+    "FixedHalting",
+    "GateHalting",
+    "HaltingRule",
+    "HaltingRun",
+    "ImplicitGradient",
     "LoopedDynamics",
-    "NeverHalt",
+    "PatientHalting",
+    "PlainSolver",
+    "PredictionHalting",
+    "RandomHalting",
     "ResidualHalting",
+    "SecondDifferenceHalting",
     "SinglePassDynamics",
     "StackedDynamics",
+    "UnrolledGradient",
     "WideDynamics",
+    "gate_loss",
 ]

@@ -9,6 +9,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from loopwm.dynamics.depth import earlier_loops
+
 Depth = "int | Tensor | DepthSchedule | None"
 
 
@@ -17,17 +19,24 @@ class DynamicsOutput:
 
     Attributes:
         z_next: (B, Z) predicted next latent.
-        h: (B, D) loop state after the last loop; reward and continuation heads read it.
+        h: (B, ...) loop state after the last loop, (B, D) for a vector; reward and continuation heads read it.
         loops: (B,) int64, how often the block was applied to each sample.
         residual: (B,) relative size of each sample's last step, ||h[T] - h[T-1]|| / ||h[T-1]||. Computed when first
             read, without gradient: training never pays for it.
     """
 
-    __slots__ = ("z_next", "h", "_loops", "_residual")
+    __slots__ = ("z_next", "h", "_loops", "_residual", "_at")
 
-    def __init__(self, z_next: Tensor, h: Tensor, loops: Callable[[], Tensor], residual: Callable[[], Tensor]):
+    def __init__(
+        self,
+        z_next: Tensor,
+        h: Tensor,
+        loops: Callable[[], Tensor],
+        residual: Callable[[], Tensor],
+        at: Callable[[Tensor], DynamicsOutput] | None = None,
+    ):
         self.z_next, self.h = z_next, h
-        self._loops, self._residual = loops, residual
+        self._loops, self._residual, self._at = loops, residual, at
 
     @property
     def loops(self) -> Tensor:
@@ -37,13 +46,40 @@ class DynamicsOutput:
     def residual(self) -> Tensor:
         return self._residual()
 
+    def at(self, loops: Tensor) -> DynamicsOutput:
+        """The prediction that the same pass would have given after ``loops`` (B,) loops, with its gradients.
+
+        No block is applied again: it costs a gather of states and one coda. It is there for an asked-for depth with
+        unrolled gradients, while gradients are on.
+
+        Raises:
+            ValueError: where the earlier states were not kept, or unless 1 <= loops <= the loops of each sample.
+        """
+        if self._at is None:
+            raise ValueError("earlier loops are kept only for an asked-for depth with unrolled gradients switched on")
+        if loops.shape != self.loops.shape or bool(((loops < 1) | (loops > self.loops)).any()):
+            raise ValueError("loops must hold one number for each sample, from 1 to its own number of loops")
+        return self._at(loops)
+
+    def early(self, generator: torch.Generator | None = None) -> DynamicsOutput:
+        """The prediction at one random earlier loop of each sample, for a loss that makes early exits usable.
+
+        The loop is uniform on {1 .. loops - 1}; a sample of one loop, which has no earlier one, gives its own
+        prediction. Raises what ``at`` does.
+        """
+        return self.at(earlier_loops(self.loops, generator))
+
+
+def sample_norm(x: Tensor) -> Tensor:
+    """Euclidean norm over all but the batch dimension: (B, ...) -> (B,)."""
+    return torch.linalg.vector_norm(x if x.ndim == 2 else x.flatten(1), dim=-1)
+
 
 def relative_step(h: Tensor, previous: Tensor) -> Tensor:
-    """||h - previous|| / ||previous|| per sample: (B, D), (B, D) -> (B,)."""
+    """||h - previous|| / ||previous|| per sample: (B, ...), (B, ...) -> (B,)."""
     with torch.no_grad():
         h, previous = h.detach(), previous.detach()
-        step = torch.linalg.vector_norm(h - previous, dim=-1)
-        return step / torch.linalg.vector_norm(previous, dim=-1).clamp_min(1e-8)
+        return sample_norm(h - previous) / sample_norm(previous).clamp_min(1e-8)
 
 
 @runtime_checkable

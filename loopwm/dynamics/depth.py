@@ -35,11 +35,11 @@ class DepthSchedule:
         counts = torch.bincount(values)  # (max + 1,)
         self.active: list[int] = counts.flip(0).cumsum(0).flip(0)[1:].tolist()
 
-    def last_rows(self) -> Tensor:
-        """(B,) where each sample's last loop stands among the rows of all loops, loop after loop."""
+    def rows(self, loop: Tensor) -> Tensor:
+        """(B,) where loop number ``loop`` (B,), from 0, of each sample stands among the rows of all loops."""
         starts = torch.tensor([0, *self.active]).cumsum(0).to(self.loops.device)  # row where loop t begins
         position = torch.arange(len(self), device=self.loops.device) if self.order is None else self.inverse
-        return starts[self.loops - 1] + position
+        return starts[loop.to(self.loops.device)] + position
 
     def __len__(self) -> int:
         return self.loops.shape[0]
@@ -48,6 +48,20 @@ class DepthSchedule:
 def _poisson(batch: int, mean: int, low: int, high: int, generator: torch.Generator | None) -> Tensor:
     """clip(Poisson(mean), low, high): the depth prior of Geiping et al. 2025 (2502.05171) without its log-normal."""
     return torch.poisson(torch.full((batch,), float(mean)), generator=generator).long().clamp(low, high)
+
+
+RATE_SIGMA = 0.5  # of the log of the rate
+
+
+def _lognormal_poisson(batch: int, mean: int, low: int, high: int, generator: torch.Generator | None) -> Tensor:
+    """clip(1 + Poisson(rate), low, high), log rate ~ N(log(mean - 1) - sigma^2 / 2, sigma), sigma = 1/2.
+
+    Geiping et al. 2025 (2502.05171, section 3.3). The shift makes the rate's mean ``mean - 1``, so before clipping
+    the mean is ``mean``: most draws lie below it, and a heavy tail trains deep loops now and then.
+    """
+    noise = torch.randn(batch, generator=generator)
+    rate = (mean - 1) * torch.exp(RATE_SIGMA * noise - 0.5 * RATE_SIGMA**2)  # (batch,)
+    return (1 + torch.poisson(rate, generator=generator).long()).clamp(low, high)
 
 
 def _uniform(batch: int, mean: int, low: int, high: int, generator: torch.Generator | None) -> Tensor:
@@ -60,7 +74,18 @@ def _fixed(batch: int, mean: int, low: int, high: int, generator: torch.Generato
     return torch.full((batch,), mean)
 
 
-DEPTH_SAMPLERS = {"poisson": _poisson, "uniform": _uniform, "fixed": _fixed}
+DEPTH_SAMPLERS = {
+    "poisson": _poisson,
+    "lognormal_poisson": _lognormal_poisson,
+    "uniform": _uniform,
+    "fixed": _fixed,
+}
+
+
+def check_sampler(name: str) -> None:
+    """Raises ValueError, with the names there are, for an unknown depth sampler."""
+    if name not in DEPTH_SAMPLERS:
+        raise ValueError(f"unknown depth sampler {name!r}; choose from {', '.join(DEPTH_SAMPLERS)}")
 
 
 def sample_depths(
@@ -71,6 +96,11 @@ def sample_depths(
     Raises:
         ValueError: unknown sampler name.
     """
-    if sampler not in DEPTH_SAMPLERS:
-        raise ValueError(f"unknown depth sampler {sampler!r}; choose from {', '.join(DEPTH_SAMPLERS)}")
+    check_sampler(sampler)
     return DEPTH_SAMPLERS[sampler](batch, mean, low, high, generator).sort(descending=True).values
+
+
+def earlier_loops(loops: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One random earlier loop per sample, (B,) int64: uniform on {1 .. loops - 1}, and 1 where loops (B,) is 1."""
+    share = torch.rand(loops.shape[0], generator=generator).to(loops.device)
+    return 1 + (share * (loops - 1)).long()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
-from loopwm.dynamics.base import Coda, Depth, DynamicsOutput, Prelude, relative_step
+from loopwm.dynamics.adaptive import LoopResult, loop_adaptive
+from loopwm.dynamics.base import Coda, Depth, DynamicsOutput, Prelude, relative_step, sample_norm
 from loopwm.dynamics.cell import LoopCell, PreparedLoop
-from loopwm.dynamics.depth import DepthSchedule, sample_depths
-from loopwm.dynamics.halting import HaltingRule, ResidualHalting
+from loopwm.dynamics.depth import DepthSchedule, check_sampler, sample_depths
+from loopwm.dynamics.gradients import GRADIENTS
+from loopwm.dynamics.halting import HaltingRule, make_halting
+from loopwm.dynamics.solvers import SOLVERS
 from loopwm.dynamics.unroll import unroll
 
 
@@ -23,17 +25,22 @@ class LoopedDynamics(nn.Module):
 
     - ``depth`` an int: exactly that many loops, also beyond ``max_loops``;
     - ``depth`` a (B,) integer tensor (or a ``DepthSchedule`` made from one): one depth per sample;
-    - ``depth`` None: adaptive; each sample stops by ``halting``, within [min_loops, max_loops].
+    - ``depth`` None: adaptive; each sample stops by ``halting``, within [min_loops, max_loops]; ``solver`` says what
+      enters the next loop.
 
     Args:
         latent_dim: Z. action_dim: A. hidden_dim: D, width of h. block_dim: inner width of the block (default 2 D).
         mean_loops: mean of the training depths. max_loops: cap of the sampled and of the adaptive depth.
-        min_loops: floor of both. depth_sampler: ``poisson``, ``uniform`` or ``fixed``.
-        halting: rule of the adaptive depth; default: relative residual below ``halt_tolerance``.
+        min_loops: floor of both. depth_sampler: a name in ``DEPTH_SAMPLERS``.
+        halting: rule of the adaptive depth, a name in ``HALTING`` or a rule. halt_tolerance: the one number of a rule
+        given by name. patience: loops in a row for which the rule must hold.
+        solver: a name in ``SOLVERS``, for adaptive depth and for implicit gradients; an asked-for depth is always that
+        many plain loops. gradient: a name in ``GRADIENTS``.
         latent_norm: the module that normalises latents (the encoder's). The rest: see ``LoopCell``.
 
     Raises:
-        ValueError: unless 1 <= min_loops <= mean_loops <= max_loops; unknown mode, injection or activation.
+        ValueError: unless 1 <= min_loops <= mean_loops <= max_loops; unknown names; halting ``certified`` or gradient
+        ``implicit`` in another mode than ``certified``.
     """
 
     def __init__(
@@ -53,7 +60,10 @@ class LoopedDynamics(nn.Module):
         activation: str = "relu",
         depth_sampler: str = "poisson",
         halt_tolerance: float = 0.01,
-        halting: HaltingRule | None = None,
+        halting: str | HaltingRule = "residual",
+        patience: int = 1,
+        solver: str = "plain",
+        gradient: str = "unrolled",
         latent_norm: nn.Module | None = None,
     ):
         super().__init__()
@@ -61,47 +71,85 @@ class LoopedDynamics(nn.Module):
             raise ValueError(
                 f"need 1 <= min_loops <= mean_loops <= max_loops, got {min_loops}, {mean_loops}, {max_loops}"
             )
+        for name, known, what in ((solver, SOLVERS, "solver"), (gradient, GRADIENTS, "gradient")):
+            if name not in known:
+                raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(known)}")
+        check_sampler(depth_sampler)
         self.state_dim, self.min_loops, self.mean_loops, self.max_loops = hidden_dim, min_loops, mean_loops, max_loops
         self.depth_sampler = depth_sampler
-        self.halting: HaltingRule = halting or ResidualHalting(halt_tolerance)
         self.prelude = Prelude(latent_dim, action_dim, hidden_dim, prelude_layers)
         self.start = nn.Linear(latent_dim, hidden_dim, bias=False) if latent_dim != hidden_dim else nn.Identity()
         self.cell = LoopCell(hidden_dim, block_dim or 2 * hidden_dim, mode, gamma, injection, activation)
         self.coda = Coda(hidden_dim, latent_dim, latent_norm)
+        self._bound: tuple[list[Tensor], float] | None = None
+        self.solver, self.gradient = SOLVERS[solver](), GRADIENTS[gradient]()
+        self.gradient.check(self)
+        self.halting = make_halting(halting, self, halt_tolerance, patience)
 
-    def forward(self, z: Tensor, action: Tensor, depth: Depth = None) -> DynamicsOutput:
+    def forward(self, z: Tensor, action: Tensor, depth: Depth = None, h0: Tensor | None = None) -> DynamicsOutput:
         """Predict the next latent: z (B, Z), action (B, A) -> ``DynamicsOutput``.
 
+        ``h0`` (B, ...) is the state to start from instead of the one made from z: a warm start, such as the last state
+        of the prediction before. A certified loop has one fixed point, so there it changes how soon that is reached;
+        at a depth too small to reach it, h0 becomes a memory beside z.
+
         Raises:
-            ValueError: depth < 1, or a depth tensor whose length is not B.
+            ValueError: depth < 1, a depth tensor whose length is not B, or h0 of another shape than the state.
         """
         loop = self.cell.prepare(self.prelude(z, action))
-        h = self.start(z)  # (B, D)
-        if depth is None:
-            h, loops, residual = self._loop_adaptive(loop, h)
-        elif isinstance(depth, int):
-            h, loops, residual = self._loop_exact(loop, h, depth)
-        elif not isinstance(depth, (torch.Tensor, DepthSchedule)):
-            raise ValueError(f"depth must be an int, a (B,) integer tensor, a DepthSchedule or None, got {depth!r}")
-        else:
-            schedule = depth if isinstance(depth, DepthSchedule) else DepthSchedule(depth)
-            if len(schedule) != z.shape[0]:
-                raise ValueError(f"depth has {len(schedule)} entries for a batch of {z.shape[0]}")
-            h, loops, residual = self._loop_scheduled(loop, h, schedule)
-        return DynamicsOutput(self.coda(z, h), h, loops, residual)
+        result = self.gradient(self, loop, self._first_state(z, h0), depth)
+        return self._output(z, *result)
 
-    def _loop_exact(self, loop: PreparedLoop, h: Tensor, depth: int) -> tuple[Tensor, Callable, Callable]:
+    def _first_state(self, z: Tensor, h0: Tensor | None) -> Tensor:
+        h = self.start(z)  # (B, ...)
+        if h0 is None:
+            return h
+        if h0.shape != h.shape:
+            raise ValueError(f"h0 must have the state's shape {tuple(h.shape)}, got {tuple(h0.shape)}")
+        return h0
+
+    def _output(self, z: Tensor, h: Tensor, previous, loops, at) -> DynamicsOutput:
+        def earlier(count: Tensor) -> DynamicsOutput:
+            state, before = at(count)
+            return self._output(z, state, lambda: before, lambda: count, None)
+
+        return DynamicsOutput(
+            self.coda(z, h), h, loops, lambda: relative_step(h, previous()), None if at is None else earlier
+        )
+
+    def run_loops(self, loop: PreparedLoop, h: Tensor, depth: Depth) -> LoopResult:
+        """Apply a prepared loop to h (B, ...) as ``depth`` says; see ``forward``."""
+        if depth is None:
+            rule, solver = self.halting.begin(self, h), self.solver.begin()
+            return loop_adaptive(loop, h, rule, solver, self.min_loops, self.max_loops)
+        if isinstance(depth, int):
+            return self._loop_exact(loop, h, depth)
+        if not isinstance(depth, (torch.Tensor, DepthSchedule)):
+            raise ValueError(f"depth must be an int, a (B,) integer tensor, a DepthSchedule or None, got {depth!r}")
+        schedule = depth if isinstance(depth, DepthSchedule) else DepthSchedule(depth)
+        if len(schedule) != h.shape[0]:
+            raise ValueError(f"depth has {len(schedule)} entries for a batch of {h.shape[0]}")
+        return self._loop_scheduled(loop, h, schedule)
+
+    def _loop_exact(self, loop: PreparedLoop, h: Tensor, depth: int) -> LoopResult:
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
-        previous = h
-        for _ in range(depth):
-            previous, h = h, loop(h)
         batch, device = h.shape[0], h.device
-        return h, lambda: torch.full((batch,), depth, device=device), lambda: relative_step(h, previous)
+        if not torch.is_grad_enabled():  # keep no states that nothing holds anyway
+            for _ in range(depth):
+                previous, h = h, loop(h)
+            return LoopResult(h, lambda: previous, lambda: torch.full((batch,), depth, device=device))
+        states = [h]
+        for _ in range(depth):
+            states.append(loop(states[-1]))
 
-    def _loop_scheduled(
-        self, loop: PreparedLoop, h: Tensor, schedule: DepthSchedule
-    ) -> tuple[Tensor, Callable, Callable]:
+        def at(loops: Tensor) -> tuple[Tensor, Tensor]:
+            every, row = torch.stack(states), torch.arange(batch, device=device)  # (T + 1, B, ...)
+            return every[loops, row], every[loops - 1, row].detach()
+
+        return LoopResult(states[-1], lambda: states[-2], lambda: torch.full((batch,), depth, device=device), at)
+
+    def _loop_scheduled(self, loop: PreparedLoop, h: Tensor, schedule: DepthSchedule) -> LoopResult:
         """Mixed depths, deepest samples first: each loop runs on a shrinking head of the batch."""
         device = h.device  # a schedule drawn on the CPU serves a model elsewhere
         order = None if schedule.order is None else schedule.order.to(device)
@@ -113,8 +161,19 @@ class LoopedDynamics(nn.Module):
             final, states = unroll(h, loop, schedule.active)  # (B, D), deepest first
         if order is not None:
             final = final.index_select(0, schedule.inverse.to(device))
-        last = schedule.last_rows
-        return final, lambda: schedule.loops.to(device), lambda: relative_step(final, states[last().to(device)])
+
+        def loops() -> Tensor:
+            return schedule.loops.to(device)
+
+        def at(count: Tensor) -> tuple[Tensor, Tensor]:
+            last = count == loops()  # what a sample's last loop gave enters no further one
+            rows = schedule.rows(torch.where(last, 0, count)).to(device)
+            state = states.index_select(0, rows)
+            state = torch.where(last.view(-1, *[1] * (state.ndim - 1)), final, state)
+            return state, states[schedule.rows(count - 1).to(device)].detach()
+
+        rows = schedule.rows
+        return LoopResult(final, lambda: states[rows(schedule.loops - 1).to(device)], loops, at)
 
     @staticmethod
     def _unroll_plain(loop: PreparedLoop, h: Tensor, active: list[int]) -> tuple[Tensor, Tensor]:
@@ -125,35 +184,28 @@ class LoopedDynamics(nn.Module):
             h = torch.cat([loop.first(rows)(h[:rows]), h[rows:]])
         return h, torch.cat(states)
 
-    def _loop_adaptive(self, loop: PreparedLoop, h: Tensor) -> tuple[Tensor, Callable, Callable]:
-        """Loop until the halting rule stops each sample; finished rows leave the batch, so they cost nothing more."""
-        batch = h.shape[0]
-        final, last = h.clone(), h.clone()  # rows are filled as samples finish; `last` is the state one loop earlier
-        loops = torch.zeros(batch, dtype=torch.int64, device=h.device)
-        index: Tensor | None = None  # rows of the batch still running; None: all
-        for t in range(1, self.max_loops + 1):
-            previous, h = h, loop(h)
-            if t < self.min_loops:
-                continue
-            halted = self.halting(h, previous)
-            if t == self.max_loops:
-                halted = torch.ones_like(halted)
-            if not halted.any():
-                continue
-            gone = halted.nonzero().squeeze(1)
-            rows = gone if index is None else index[gone]
-            final = final.index_copy(0, rows, h[gone])
-            last = last.index_copy(0, rows, previous[gone])
-            loops[rows] = t
-            stay = (~halted).nonzero().squeeze(1)
-            if stay.numel() == 0:
-                break
-            index = stay if index is None else index[stay]
-            h, loop = h[stay], loop.select(stay)
-        return final, lambda: loops, lambda: relative_step(final, last)
+    def trajectory(self, z: Tensor, action: Tensor, loops: int, h0: Tensor | None = None) -> Tensor:
+        """Every state of ``loops`` plain loops from z (B, Z), action (B, A): (loops + 1, B, ...), the start first.
+
+        ``coda(z, states[1:])`` are the predictions after loops 1, 2, ...
+
+        Raises:
+            ValueError: loops < 1, or h0 of another shape than the state.
+        """
+        if loops < 1:
+            raise ValueError(f"loops must be at least 1, got {loops}")
+        loop, states = self.cell.prepare(self.prelude(z, action)), [self._first_state(z, h0)]
+        for _ in range(loops):
+            states.append(loop(states[-1]))
+        return torch.stack(states)
 
     def sample_depth(self, batch: int, generator: torch.Generator | None = None) -> Depth:
-        """One training depth per sequence, as a schedule that a whole rollout re-uses (an int when it is fixed)."""
+        """One training depth per sequence, as a schedule that a whole rollout re-uses (an int when it is fixed).
+
+        None with implicit gradients, which hold at the fixed point: there training too loops until the rule stops it.
+        """
+        if self.gradient.trains_at_fixed_point:
+            return None
         if self.depth_sampler == "fixed":
             return self.mean_loops
         depths = sample_depths(self.depth_sampler, batch, self.mean_loops, self.min_loops, self.max_loops, generator)
@@ -164,16 +216,27 @@ class LoopedDynamics(nn.Module):
         return self.cell.frozen()
 
     def lipschitz_bound(self) -> float:
-        """True upper bound on the contraction factor rho of one loop, by exact singular values."""
-        return self.cell.lipschitz_bound()
+        """True upper bound on the contraction factor rho of one loop, by exact singular values.
+
+        Kept until a parameter of the cell changes. They are compared entry by entry, which costs a fortieth of the
+        singular values: no other sign of a change (version counters, say) is safe from writes through ``.data``.
+        """
+        weights = [p.detach() for p in self.cell.parameters()]
+        if self._bound is None or not _same(weights, self._bound[0]):
+            self._bound = ([w.clone() for w in weights], self.cell.lipschitz_bound())
+        return self._bound[1]
+
+    def require_certificate(self, what: str) -> None:
+        """Raises ValueError unless the cell contracts by construction."""
+        if self.cell.mode != "certified":
+            raise ValueError(f"{what} needs mode 'certified', got mode {self.cell.mode!r}")
 
     def distance_to_fixed_point(self, h: Tensor, step: Tensor) -> Tensor:
-        """Certified bound (B,) on ||h - h*||, given h (B, D) and the step (B, D) that led to it (Banach).
+        """Certified bound (B,) on ||h - h*||, given h (B, ...) and the step (B, ...) that led to it (Banach).
 
         Infinite where the cell is not certified to contract.
         """
-        rho = self.lipschitz_bound()
-        size = torch.linalg.vector_norm(step, dim=-1)
+        rho, size = self.lipschitz_bound(), sample_norm(step)
         return size * (rho / (1.0 - rho)) if rho < 1.0 else torch.full_like(size, torch.inf)
 
     @torch.no_grad()
@@ -186,11 +249,17 @@ class LoopedDynamics(nn.Module):
         step, worst = None, 0.0
         for _ in range(loops or self.max_loops):
             h_next = loop(h)
-            size = torch.linalg.vector_norm(h_next - h, dim=-1)
+            size = sample_norm(h_next - h)
             if step is not None:
                 # Steps near float32 rounding say nothing about the map.
-                sound = step > 1e-4 * torch.linalg.vector_norm(h, dim=-1).clamp_min(1e-3)
+                sound = step > 1e-4 * sample_norm(h).clamp_min(1e-3)
                 if sound.any():
                     worst = max(worst, float((size[sound] / step[sound]).max()))
             step, h = size, h_next
         return worst
+
+
+def _same(tensors: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether they are equal entry by entry, in one dtype and on one device."""
+    pairs = zip(tensors, others, strict=True)
+    return all(a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in pairs)

@@ -37,15 +37,16 @@ class _Unroll(torch.autograd.Function):
             start = end
         ctx.save_for_backward(states, inner, decay, read, write)
         ctx.active = active
-        ctx.mark_non_differentiable(states)
+        ctx.set_materialize_grads(False)  # mostly nobody reads the states: no zeros for them then
         return final, states
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, grad_states):
         states, inner, decay, read, write = ctx.saved_tensors
-        active, rows_all = ctx.active, grad.shape[0]
-        grad = grad.clone()
+        active = ctx.active
+        rows_all = active[0]
+        grad = states.new_zeros(rows_all, states.shape[1]) if grad is None else grad.clone()
         outer = torch.empty_like(states)  # gradient at the output of every (loop, row)
         before = torch.empty_like(inner)  # gradient before the activation
         grad_constant = torch.zeros_like(grad)
@@ -61,6 +62,8 @@ class _Unroll(torch.autograd.Function):
             grad_constant[:rows] += g_out
             grad_injected[:rows] += g_pre
             g.mul_(decay).addmm_(g_pre, read_t)
+            if grad_states is not None:
+                g += grad_states[start:end]
             end = start
         grad_decay = (outer * states).sum(0)
         return grad, grad_constant, grad_injected, grad_decay, states.t() @ before, inner.t() @ outer, None
@@ -70,6 +73,6 @@ def unroll(h: Tensor, loop: PreparedLoop, active: list[int]) -> tuple[Tensor, Te
     """Apply ``loop`` (its activation must be ReLU) to h (B, D), loop t on the first active[t] rows.
 
     Returns:
-        (final states (B, D), the states (sum(active), D) that entered each loop, loop after loop, no gradient).
+        (final states (B, D), the states (sum(active), D) that entered each loop, loop after loop).
     """
     return _Unroll.apply(h, loop.constant, loop.injected, loop.decay, loop.read, loop.write, active)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loopwm.dynamics.base import Depth, DynamicsOutput
+from loopwm.dynamics.halting.steps import PredictionHalting
 from loopwm.model.heads import ContinuationHead, RewardHead
 
 
@@ -33,23 +34,50 @@ class Rollout(NamedTuple):
         """(H, B) int64, how often the block was applied; stacked when asked for."""
         return torch.stack([out.loops for out in self.outputs])
 
+    def early(self, generator: torch.Generator | None = None) -> Rollout:
+        """What every step would have predicted at one random earlier loop (see ``DynamicsOutput.early``).
+
+        Each step starts where this rollout's step did, so the losses of an early rollout are those of early exits.
+
+        Raises:
+            ValueError: where the earlier loops were not kept.
+        """
+        early = [out.early(generator) for out in self.outputs]
+        z = torch.stack([self.z[0], *(out.z_next for out in early)])
+        return Rollout(z, torch.stack([out.h for out in early]), early)
+
 
 class WorldModel(nn.Module):
-    """encode, step, rollout.
+    """encode, step, rollout, decode.
 
     Args:
         encoder: obs (..., O) -> z (..., Z). dynamics: see ``loopwm.dynamics``. head_dim: hidden width of the heads.
+        decoder: z (..., Z) -> obs (..., O), see ``DECODERS``; None: nothing is decoded.
     """
 
-    def __init__(self, encoder: nn.Module, dynamics: nn.Module, head_dim: int):
+    def __init__(self, encoder: nn.Module, dynamics: nn.Module, head_dim: int, decoder: nn.Module | None = None):
         super().__init__()
         self.encoder, self.dynamics = encoder, dynamics
         self.reward = RewardHead(dynamics.state_dim, head_dim)
         self.continuation = ContinuationHead(dynamics.state_dim, head_dim // 2)
+        self.decoder = decoder
+        for rule in dynamics.modules():
+            if isinstance(rule, PredictionHalting) and rule.readout is None:
+                rule.read_off(self._readout)
 
     def encode(self, obs: Tensor) -> Tensor:
         """obs (..., O) -> z (..., Z)."""
         return self.encoder(obs)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z (..., Z) -> obs (..., O).
+
+        Raises:
+            ValueError: a model without a decoder.
+        """
+        if self.decoder is None:
+            raise ValueError("this world model has no decoder: build it with decoder=MLPDecoder(...)")
+        return self.decoder(z)
 
     def frozen(self) -> AbstractContextManager[None]:
         """Inside, the weights do not change, so what depends on them alone is computed once (see ``LoopCell``)."""
@@ -61,14 +89,16 @@ class WorldModel(nn.Module):
         reward = self.reward.code.decode(self.reward(out.h))
         return Step(out.z_next, reward, torch.sigmoid(self.continuation(out.h)), out)
 
-    def rollout(self, z: Tensor, actions: Tensor, depth: Depth = None) -> Rollout:
+    def rollout(self, z: Tensor, actions: Tensor, depth: Depth = None, warm_start: bool = False) -> Rollout:
         """Imagine H steps of given actions: z (B, Z), actions (H, B, A) -> ``Rollout``.
 
-        ``depth`` holds for every step; None lets each prediction choose its own.
+        ``depth`` holds for every step; None lets each prediction choose its own. With ``warm_start`` every step but
+        the first starts its loop from the last state of the step before (looped dynamics alone; see its ``h0``).
         """
         zs, hs, outputs = [z], [], []
         for action in actions:
-            out = self.dynamics(zs[-1], action, depth)
+            carried = {"h0": hs[-1]} if warm_start and hs else {}
+            out = self.dynamics(zs[-1], action, depth, **carried)
             zs.append(out.z_next)
             hs.append(out.h)
             outputs.append(out)
@@ -77,3 +107,7 @@ class WorldModel(nn.Module):
     def predict(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Loop states h (..., D) -> reward (...,) and continuation probability (...,)."""
         return self.reward.code.decode(self.reward(h)), torch.sigmoid(self.continuation(h))
+
+    def _readout(self, h: Tensor) -> Tensor:
+        """Loop states h (..., D) -> (..., 2): what halting by the change of the prediction looks at."""
+        return torch.stack(self.predict(h), -1)
