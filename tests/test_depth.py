@@ -491,7 +491,9 @@ EARLY = [1, 1, 6, 4, 1, 2]
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
-@pytest.mark.parametrize("depth", [torch.tensor(DEPTHS), DepthSchedule(torch.tensor([11] * 6)), 11], ids=str)
+@pytest.mark.parametrize(
+    "depth", [torch.tensor(DEPTHS), DepthSchedule(torch.tensor([11] * 6)), 11], ids=["tensor", "schedule", "int"]
+)
 def test_an_earlier_prediction_is_that_of_a_shorter_pass(depth, activation):
     """Values, residuals, and gradients of a loss on both predictions of one pass."""
     dynamics, early = looped(scale=0.7, activation=activation), torch.tensor(EARLY)
