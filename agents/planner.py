@@ -227,6 +227,11 @@ class PlannerAgent:
                 "reward": c.reward_weight,
                 "continuation": c.continuation_weight,
             }
+            if c.early_weight:
+                early = rollout.early(self.depth_generator)
+                early_losses = world_model_losses(model, early, z_target, reward, terminated, mask)
+                losses |= {f"early_{name}": loss for name, loss in early_losses.items()}
+                weights |= {f"early_{name}": c.early_weight * weight for name, weight in weights.items()}
             total = weighted_sum(losses, weights)
             self.model_optimizer.zero_grad()
             total.backward()

@@ -84,9 +84,13 @@ Fraction = Annotated[float, Within(0, 1, open=True)]  # in (0, 1)
 Share = Annotated[float, Within(0, 1)]  # in [0, 1]
 Suite = Annotated[str, OneOf(("dmc", "gym"))]
 DynamicsName = Annotated[str, OneOf(("looped", "single_pass", "stacked", "wide"))]
-DepthSampler = Annotated[str, OneOf(("fixed", "poisson", "uniform"))]
+DepthSampler = Annotated[str, OneOf(("fixed", "poisson", "lognormal_poisson", "uniform"))]
 LoopMode = Annotated[str, OneOf(("certified", "linear"))]
 Injection = Annotated[str, OneOf(("zoh", "euler", "additive"))]
+# not `gate`: the agents train none
+Halting = Annotated[str, OneOf(("residual", "fixed", "random", "second_difference", "certified", "prediction"))]
+Solver = Annotated[str, OneOf(("plain", "anderson"))]
+Gradient = Annotated[str, OneOf(("unrolled", "implicit"))]
 Device = Annotated[str, Matches(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")]
 
 
@@ -154,7 +158,11 @@ class DynamicsConfig(Section):
     mode: LoopMode = "certified"  # certified: the loop contracts; linear: as published, no guarantee
     gamma: Fraction = 0.95  # share of the contraction margin the certified block may use, in (0, 1)
     injection: Injection = "zoh"  # how the prelude enters each loop
-    halt_tolerance: Positive = 0.01  # |h'-h|/|h| at which a sample stops looping when acting, no unit
+    halting: Halting = "residual"  # rule by which a sample stops looping where no depth is asked for
+    halt_tolerance: Positive = 0.01  # the rule's one number; residual: |h'-h|/|h| at which a sample stops, no unit
+    patience: Count = 1  # loops in a row for which the rule must hold, loops
+    solver: Solver = "plain"  # what enters the next loop where no depth is asked for
+    gradient: Gradient = "unrolled"  # back through every loop, or implicit: of the fixed point (certified mode only)
 
     def check(self) -> None:
         """min_loops and mean_loops lie within max_loops."""
@@ -166,6 +174,9 @@ class DynamicsConfig(Section):
             raise ConfigError(
                 f"dynamics.min_loops={self.min_loops}: must be at most dynamics.mean_loops={self.mean_loops}"
             )
+        for name, value in (("halting", "certified"), ("gradient", "implicit")):
+            if getattr(self, name) == value and self.mode != "certified":
+                raise ConfigError(f"dynamics.{name}={value}: needs dynamics.mode=certified")
 
 
 @dataclass(frozen=True)
@@ -189,6 +200,7 @@ class PlannerConfig(Section):
     n_step: Count = 3  # rewards summed before the value target bootstraps, agent steps
     tau: Share = 0.02  # part of the new weights the value and policy targets take per update, in [0, 1]
     model_tau: Share = 0.01  # the same for the slow world model, whose latents are predicted and acted on, in [0, 1]
+    early_weight: NonNegative = 0.0  # weight of the model's losses at a random earlier loop, no unit (looped only)
     consistency_weight: NonNegative = 1.0  # weight of the latent consistency loss, no unit
     reward_weight: NonNegative = 0.2  # weight of the reward loss, no unit
     continuation_weight: NonNegative = 0.2  # weight of the continuation loss, no unit
@@ -241,6 +253,11 @@ class Config(Section):
     video_every: Whole = 0  # distance between evaluation videos, env frames; 0: one at the end only
     device: Device = "auto"  # auto, cpu, cuda or cuda:N; auto: cuda where there is one
     threads: Whole = 0  # torch's threads inside one operation, count; 0: leave torch's own choice
+
+    def check(self) -> None:
+        """An earlier loop exists where it is trained."""
+        if self.agent.early_weight and (self.dynamics.name != "looped" or self.dynamics.gradient != "unrolled"):
+            raise ConfigError("agent.early_weight: needs dynamics=looped and dynamics.gradient=unrolled")
 
 
 # ---------------------------------------------------------------------------------------------- in and out

@@ -14,6 +14,7 @@ from agents.mppi import PlanBudget, mppi
 from agents.optim import EMATarget, FlatAdam, flatten_parameters
 from agents.planner import PlannerAgent
 from loopwm.config import Config, ConfigError, DynamicsConfig, EncoderConfig, PlannerConfig, TaskConfig
+from loopwm.dynamics import GRADIENTS, SOLVERS, PatientHalting
 from loopwm.training.protocols import Agent
 from loopwm.training.replay import Batch, Replay
 
@@ -659,6 +660,39 @@ def test_every_dynamics_trains_acts_and_is_looked_at(name):
     counts = dict(agent.parameter_counts)
     modules = (agent.world_model, agent.policy, agent.value)
     assert counts.pop("total") == sum(counts.values()) == sum(p.numel() for m in modules for p in m.parameters())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"halting": "prediction", "patience": 2},
+        {"halting": "certified", "solver": "anderson"},
+        {"gradient": "implicit", "halt_tolerance": 1e-3},
+        {"depth_sampler": "lognormal_poisson"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_of_the_loop_reach_it_and_train(settings):
+    agent = make(dynamics=settings, plan_loops=0)
+    dynamics = agent.world_model.dynamics
+    assert ("patience" in settings) == isinstance(dynamics.halting, PatientHalting)
+    assert isinstance(dynamics.solver, SOLVERS[settings.get("solver", "plain")])
+    assert isinstance(dynamics.gradient, GRADIENTS[settings.get("gradient", "unrolled")])
+    assert dynamics.depth_sampler == settings.get("depth_sampler", "poisson")
+    before = weights(agent)
+    agent.update(filled_replay())
+    assert "model" in changed(before, weights(agent))
+    check_actions(agent.act(observations()), False)
+
+
+def test_an_earlier_loop_is_trained_where_it_has_a_weight():
+    ends = []
+    for weight in (0.0, 1.0):
+        agent = make(early_weight=weight)
+        metrics = agent.update(filled_replay())
+        assert ("loss/early_consistency" in metrics) == (weight > 0)
+        ends.append(weights(agent))
+    assert "model" in changed(*ends)
 
 
 @pytest.mark.parametrize(
