@@ -494,7 +494,7 @@ def test_mixed_depths_cost_their_mean():
     dynamics, depths = looped(), torch.tensor([9, 1, 1, 1, 1, 1, 1, 1])
     loop = loop_for(dynamics, torch.ones(8, D, dtype=DOUBLE))
     final, states = unroll(torch.ones(8, D, dtype=DOUBLE), loop, DepthSchedule(depths).active)
-    assert final.shape == (8, D) and states.shape == (16, D)
+    assert final.shape == (8, D) and states().shape == (16, D)
 
 
 def test_empty_batch():

@@ -5,13 +5,14 @@ out = dynamics(z, action)            # adaptive depth
 out = dynamics(z, action, depth=16)  # exactly 16 loops
 out.early()                          # what an earlier loop would have predicted, for a loss on early exits
 
-Registries name the variants: ``DYNAMICS``, ``DEPTH_SAMPLERS``, ``HALTING``, ``SOLVERS``, ``GRADIENTS``.
+Registries name the variants: ``DYNAMICS``, ``BLOCKS``, ``DEPTH_SAMPLERS``, ``HALTING``, ``SOLVERS``, ``GRADIENTS``.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
+from loopwm.dynamics.architecture import BLOCKS, Architecture
 from loopwm.dynamics.base import Dynamics, DynamicsOutput
 from loopwm.dynamics.controls import SinglePassDynamics, StackedDynamics, WideDynamics
 from loopwm.dynamics.depth import DEPTH_SAMPLERS, DepthSchedule
@@ -37,12 +38,14 @@ DYNAMICS: dict[str, type[nn.Module]] = {
 }
 
 __all__ = [
+    "BLOCKS",
     "DEPTH_SAMPLERS",
     "DYNAMICS",
     "GRADIENTS",
     "HALTING",
     "SOLVERS",
     "AndersonSolver",
+    "Architecture",
     "CertifiedHalting",
     "DepthSchedule",
     "DropForecast",

@@ -84,13 +84,13 @@ def relative_step(h: Tensor, previous: Tensor) -> Tensor:
 
 @runtime_checkable
 class Dynamics(Protocol):
-    """Latent dynamics: ``out = dynamics(z, action, depth)`` with z (B, Z) and action (B, A)."""
+    """Latent dynamics: ``out = dynamics(z, action, depth, h0)`` with z (B, Z), action (B, A), or as the block says."""
 
     state_dim: int
     mean_loops: int
     max_loops: int
 
-    def __call__(self, z: Tensor, action: Tensor, depth: Depth = None) -> DynamicsOutput: ...
+    def __call__(self, z: Tensor, action: Tensor, depth: Depth = None, h0: Tensor | None = None) -> DynamicsOutput: ...
 
     def sample_depth(self, batch: int, generator: torch.Generator | None = None) -> Depth:
         """A training depth for each of ``batch`` sequences."""
@@ -125,13 +125,40 @@ class Prelude(nn.Module):
         return self.layers(torch.cat([z, action], -1))  # (B, D)
 
 
-class Coda(nn.Module):
-    """z' = latent_norm(z + C h): the residual is in z, the norm is the encoder's own."""
+def make_start(latent_dim: int, hidden_dim: int, linear: type[nn.Linear] = nn.Linear) -> nn.Module:
+    """z -> h0: z itself where the widths agree, else a matrix."""
+    return linear(latent_dim, hidden_dim, bias=False) if latent_dim != hidden_dim else nn.Identity()
 
-    def __init__(self, hidden_dim: int, latent_dim: int, latent_norm: nn.Module | None = None):
+
+def first_state(start: nn.Module, z: Tensor, h0: Tensor | None) -> Tensor:
+    """The state (B, ...) that a prediction starts from: ``h0`` where there is one, else what ``start`` makes of z.
+
+    Raises:
+        ValueError: h0 of another shape than the state.
+    """
+    h = start(z)
+    if h0 is None:
+        return h
+    if h0.shape != h.shape:
+        raise ValueError(f"h0 must have the state's shape {tuple(h.shape)}, got {tuple(h0.shape)}")
+    return h0
+
+
+class Coda(nn.Module):
+    """z' = latent_norm(z + C h): the residual is in z, the norm is the encoder's own; ``layers - 1`` before C."""
+
+    def __init__(self, hidden_dim: int, latent_dim: int, latent_norm: nn.Module | None = None, layers: int = 1):
         super().__init__()
+        modules: list[nn.Module] = []
+        for _ in range(layers - 1):
+            modules += [nn.Linear(hidden_dim, hidden_dim), nn.LayerNorm(hidden_dim), nn.ReLU()]
+        self.hidden = nn.Sequential(*modules) if modules else None
         self.out = nn.Linear(hidden_dim, latent_dim)
         self.latent_norm = latent_norm if latent_norm is not None else nn.Identity()
 
+    def step(self, h: Tensor) -> Tensor:
+        """C h: (..., D) -> (..., Z)."""
+        return self.out(h if self.hidden is None else self.hidden(h))
+
     def forward(self, z: Tensor, h: Tensor) -> Tensor:
-        return self.latent_norm(z + self.out(h))  # (B, Z)
+        return self.latent_norm(z + self.step(h))  # (B, Z)

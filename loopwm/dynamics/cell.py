@@ -1,18 +1,27 @@
-"""The shared block and the linear path around it: one loop of h' = Abar * h + Bbar e + Rbar(h, e)."""
+"""One loop of h' = Abar * h + Bbar e + Rbar(h, e): the linear path of every block, and the block of vector latents."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from loopwm.dynamics.base import Coda, Prelude, make_start
 from loopwm.dynamics.spectral import UnitSpectralNorm
 
-MODES = ("certified", "linear")
+
+class Mode(NamedTuple):
+    """What keeps the block stable."""
+
+    constrained: bool  # its weights have norms of at most one, and it is scaled to leave the linear path its room
+
+
+MODES: dict[str, Mode] = {"certified": Mode(constrained=True), "linear": Mode(constrained=False)}
 INJECTIONS = ("zoh", "euler", "additive")
 # Lipschitz constants of the activations; SiLU's exceeds one (max of its derivative, at x = 2.3994).
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
@@ -20,16 +29,17 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "tanh": (torch.tanh, 1.0),
     "silu": (nn.functional.silu, 1.09984),
 }
-FoldedWeights = tuple[Tensor, "Tensor | float", Tensor, Tensor]
+FoldedWeights = tuple[Tensor, "Tensor | float", Tensor, Tensor]  # Abar, Bbar, W1, g W2
 DECAY_INIT = math.sqrt(1.0 / 5.0)  # Parcae (2604.12946): the linear path forgets h0 at this rate per loop
 
 
-class LoopCell(nn.Module):
-    """One loop on a state h (B, D) with injected input e (B, D).
+class Cell(nn.Module):
+    """What the cells of every block have in common: the linear path, the mode, and the bound made of both.
 
-    Rbar(h, e) = g * W2 s(W1 h + U e + b), the block. In mode ``certified`` the spectral norms of W1 and W2 are at most
-    one and g = gamma (1 - max Abar) / Lip(s), so one loop contracts by rho <= max Abar + gamma (1 - max Abar) < 1. In
-    mode ``linear`` (as published in 2606.18208) only the linear path is bounded: g = 1 and the weights are free.
+    A cell's block is Rbar(h, e) = g R(h, e). In mode ``certified`` the Lipschitz constant of R is at most that of its
+    activation and g = gamma (1 - max Abar) / Lip(s), so one loop contracts by
+    rho <= max Abar + gamma (1 - max Abar) < 1. In mode ``linear`` (as published in 2606.18208) only the linear path is
+    bounded: g = 1 and the weights are free.
 
     Args:
         hidden_dim: D, width of h. block_dim: inner width of the block. gamma: in (0, 1), share of the head-room that
@@ -38,6 +48,11 @@ class LoopCell(nn.Module):
     Raises:
         ValueError: unknown mode, injection or activation, or gamma outside (0, 1).
     """
+
+    prelude: ClassVar[Callable] = Prelude
+    start: ClassVar[Callable] = make_start
+    coda: ClassVar[Callable] = Coda
+    flops: ClassVar[tuple[int, int]]  # of a loop and of the injection, paid once per prediction, in like units
 
     def __init__(
         self,
@@ -61,14 +76,7 @@ class LoopCell(nn.Module):
         self.log_rate = nn.Parameter(torch.zeros(hidden_dim))  # a, with A = -exp(a)
         self.log_dt = nn.Parameter(torch.full((hidden_dim,), math.log(-math.log(DECAY_INIT))))
         self.input_gain = nn.Parameter(torch.ones(hidden_dim))  # B, diagonal
-        self.read = nn.Linear(hidden_dim, block_dim, bias=False)  # W1
-        self.inject = nn.Linear(hidden_dim, block_dim)  # U, b: free, they do not touch dh'/dh
-        self.write = nn.Linear(block_dim, hidden_dim, bias=False)  # W2
-        nn.init.zeros_(self.write.weight)
-        self._folded: FoldedWeights | None = None
-        if mode == "certified":
-            parametrize.register_parametrization(self.read, "weight", UnitSpectralNorm())
-            parametrize.register_parametrization(self.write, "weight", UnitSpectralNorm(), unsafe=True)
+        self._folded: tuple | None = None
 
     def decay(self) -> Tensor:
         """Abar = exp(dt * A) in (0, 1), (D,)."""
@@ -81,7 +89,7 @@ class LoopCell(nn.Module):
 
     def block_scale(self, decay: Tensor) -> Tensor | float:
         """g, the factor on the block that leaves the certificate its room."""
-        if self.mode != "certified":
+        if not MODES[self.mode].constrained:
             return 1.0
         return self.gamma * (1.0 - decay.max()) / self.activation_lipschitz
 
@@ -93,11 +101,17 @@ class LoopCell(nn.Module):
             return torch.exp(self.log_dt) * self.input_gain
         return 1.0
 
-    def fold(self) -> FoldedWeights:
-        """Everything that depends on the parameters alone: (Abar, Bbar, W1^T, g W2^T)."""
-        decay = self.decay()
-        write = self.write.weight * self.block_scale(decay)
-        return decay, self.input_scale(decay), self.read.weight.t(), write.t()
+    def fold(self) -> tuple:
+        """Everything that depends on the parameters alone."""
+        raise NotImplementedError
+
+    def prepare(self, e: Tensor) -> PreparedLoop:
+        """Do everything that does not depend on h, once per prediction: e (B, ...)."""
+        raise NotImplementedError
+
+    def norms(self) -> list[Tensor]:
+        """Operator norms (), float64, of the weights between h and R: their product times Lip(s) bounds that of R."""
+        raise NotImplementedError
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -108,29 +122,58 @@ class LoopCell(nn.Module):
         finally:
             self._folded = before
 
-    def prepare(self, e: Tensor) -> PreparedLoop:
-        """Do everything that does not depend on h, once per prediction: e (B, D)."""
-        decay, input_scale, read, write = self._folded or self.fold()
-        constant, injected = e * input_scale, self.inject(e)  # (B, D), (B, W)
-        return PreparedLoop(decay, constant, injected, read, write, self.activation)
-
     @torch.no_grad()
     def lipschitz_bound(self) -> float:
         """Upper bound on |dh'/dh|, by exact singular values in float64.
 
-        In mode ``certified`` it is below one at every moment of training; in mode ``linear`` it is as true, and
-        may be any number.
+        In mode ``certified`` it is below one at every moment of training; in the others it is as true, and may be any
+        number.
         """
         decay = self.decay().double().max()
-        read, write = (torch.linalg.matrix_norm(m.weight.double(), 2) for m in (self.read, self.write))
-        scale = float(self.block_scale(decay))
-        return float(decay + scale * self.activation_lipschitz * read * write)
+        return float(decay + math.prod(self.norms(), start=float(self.block_scale(decay)) * self.activation_lipschitz))
+
+
+class LoopCell(Cell):
+    """One loop on a state h (B, D) with injected input e (B, D): R(h, e) = W2 s(W1 h + U e + b).
+
+    In mode ``certified`` the spectral norms of W1 and W2 are at most one. The rest: see ``Cell``.
+    """
+
+    flops = (2, 1)  # W1 and W2; U
+
+    def __init__(self, hidden_dim: int, block_dim: int, *args, **kwargs):
+        super().__init__(hidden_dim, block_dim, *args, **kwargs)
+        self.read = nn.Linear(hidden_dim, block_dim, bias=False)  # W1
+        self.inject = nn.Linear(hidden_dim, block_dim)  # U, b: free, they do not touch dh'/dh
+        self.write = nn.Linear(block_dim, hidden_dim, bias=False)  # W2
+        nn.init.zeros_(self.write.weight)
+        if MODES[self.mode].constrained:
+            parametrize.register_parametrization(self.read, "weight", UnitSpectralNorm())
+            parametrize.register_parametrization(self.write, "weight", UnitSpectralNorm(), unsafe=True)
+
+    def fold(self) -> FoldedWeights:
+        decay = self.decay()
+        write = self.write.weight * self.block_scale(decay)
+        return decay, self.input_scale(decay), self.read.weight.t(), write.t()
+
+    def prepare(self, e: Tensor) -> PreparedLoop:
+        decay, input_scale, read, write = self._folded or self.fold()
+        constant, injected = e * input_scale, self.inject(e)  # (B, D), (B, W)
+        return PreparedLoop(decay, constant, injected, read, write, self.activation)
+
+    def norms(self) -> list[Tensor]:
+        return [torch.linalg.matrix_norm(m.weight.double(), 2) for m in (self.read, self.write)]
 
 
 class PreparedLoop:
     """A cell with its weights and its input fixed: ``h = loop(h)`` is one application of the shared block."""
 
     __slots__ = ("decay", "constant", "injected", "read", "write", "activation")
+
+    @property
+    def fused(self) -> bool:
+        """Whether all loops may run as one autograd node (see ``unroll``)."""
+        return self.activation is torch.relu
 
     def __init__(self, decay, constant, injected, read, write, activation):
         self.decay, self.constant, self.injected = decay, constant, injected
@@ -142,11 +185,11 @@ class PreparedLoop:
 
     def first(self, rows: int) -> PreparedLoop:
         """The same loop on the first ``rows`` samples."""
-        return PreparedLoop(
+        return type(self)(
             self.decay, self.constant[:rows], self.injected[:rows], self.read, self.write, self.activation
         )
 
     def select(self, index: Tensor) -> PreparedLoop:
         """The same loop on the samples ``index`` (n,)."""
         constant, injected = self.constant.index_select(0, index), self.injected.index_select(0, index)
-        return PreparedLoop(self.decay, constant, injected, self.read, self.write, self.activation)
+        return type(self)(self.decay, constant, injected, self.read, self.write, self.activation)

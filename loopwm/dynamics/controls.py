@@ -4,26 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loopwm.dynamics.base import Coda, Depth, DynamicsOutput, Prelude, relative_step
-from loopwm.dynamics.cell import LoopCell
+from loopwm.dynamics.architecture import Architecture
+from loopwm.dynamics.base import Depth, DynamicsOutput, first_state, relative_step
+from loopwm.dynamics.cell import Cell
+from loopwm.dynamics.looped import LoopedDynamics
+
+LOOP_WORDS = {p.name for p in signature(LoopedDynamics).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
-def equal_flops_width(block_dim: int, loops: int) -> int:
-    """Total inner width of unlooped cells that cost what ``loops`` loops of one cell of ``block_dim`` do.
+def equal_flops_width(cell: type[Cell], block_dim: int, loops: int) -> int:
+    """Total inner width of unlooped cells that cost what ``loops`` loops of one ``cell`` of ``block_dim`` do.
 
-    A loop multiplies by W1 and W2, and by U once for all loops; an unlooped cell by all three: 2 T + 1 against 3 T.
+    The loop pays for the injection once, an unlooped cell always: with W1, W2 and U alike, 2 T + 1 against 3 T.
     """
-    return max(1, round(block_dim * (2 * loops + 1) / 3))
+    looped, once = cell.flops
+    return max(1, round(block_dim * (looped * loops + once) / (looped + once)))
 
 
 class StackedDynamics(nn.Module):
     """``mean_loops`` cells with weights of their own: the loop's FLOPs, unlooped (see ``equal_flops_width``).
 
-    ``depth`` is accepted and ignored: an unlooped model has the depth it was built with.
+    Takes every argument of ``LoopedDynamics``, so that one word swaps them; how deep to loop and when to halt mean
+    nothing here and are ignored, in ``forward`` too: an unlooped model has the depth it was built with.
     """
 
     def __init__(
@@ -33,38 +41,32 @@ class StackedDynamics(nn.Module):
         hidden_dim: int,
         mean_loops: int = 4,
         max_loops: int = 8,
-        *,
-        block_dim: int | None = None,
-        prelude_layers: int = 1,
-        mode: str = "certified",
-        gamma: float = 0.95,
-        injection: str = "zoh",
-        activation: str = "relu",
-        latent_norm: nn.Module | None = None,
-        min_loops: int = 1,
-        depth_sampler: str = "fixed",
-        halt_tolerance: float = 0.01,
-    ):  # depths and halting mean nothing here; the arguments are the loop's, so that one word swaps them
+        **options: Any,
+    ):
         super().__init__()
         self.state_dim = hidden_dim
-        self.prelude = Prelude(latent_dim, action_dim, hidden_dim, prelude_layers)
-        self.start = nn.Linear(latent_dim, hidden_dim, bias=False) if latent_dim != hidden_dim else nn.Identity()
+        words = {name: value for name, value in options.items() if name not in LOOP_WORDS}
+        parts = Architecture(latent_dim, action_dim, hidden_dim, **words)
+        self.prelude, self.start = parts.make_prelude(), parts.make_start()
         self.cells = nn.ModuleList(
-            LoopCell(hidden_dim, width, mode, gamma, injection, activation)
-            for width in self._widths(block_dim or 2 * hidden_dim, mean_loops)
+            parts.make_cell(width) for width in self._widths(parts.kind, parts.width, mean_loops)
         )
         self.mean_loops = self.max_loops = len(self.cells)
-        self.coda = Coda(hidden_dim, latent_dim, latent_norm)
+        self.coda = parts.make_coda()
 
     @staticmethod
-    def _widths(block_dim: int, loops: int) -> list[int]:
+    def _widths(cell: type[Cell], block_dim: int, loops: int) -> list[int]:
         """Inner width of each cell."""
-        total = equal_flops_width(block_dim, loops)
+        total = equal_flops_width(cell, block_dim, loops)
         return [total // loops + (i < total % loops) for i in range(loops)]
 
-    def forward(self, z: Tensor, action: Tensor, depth: Depth = None) -> DynamicsOutput:
-        """Predict the next latent: z (B, Z), action (B, A) -> ``DynamicsOutput``."""
-        e, h = self.prelude(z, action), self.start(z)
+    def forward(self, z: Tensor, action: Tensor, depth: Depth = None, h0: Tensor | None = None) -> DynamicsOutput:
+        """Predict the next latent: z (B, Z), action (B, A) -> ``DynamicsOutput``; h0 as in ``LoopedDynamics``.
+
+        Raises:
+            ValueError: h0 of another shape than the state.
+        """
+        e, h = self.prelude(z, action), first_state(self.start, z, h0)
         previous = h
         for cell in self.cells:
             previous, h = h, cell.prepare(e)(h)
@@ -78,7 +80,7 @@ class StackedDynamics(nn.Module):
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Inside, the parameters do not change (see ``LoopCell.frozen``)."""
+        """Inside, the parameters do not change (see ``Cell.frozen``)."""
         with ExitStack() as stack:
             for cell in self.cells:
                 stack.enter_context(cell.frozen())
@@ -100,7 +102,7 @@ class SinglePassDynamics(StackedDynamics):
     """The loop's very cell, applied once: the same parameters, a fraction of the FLOPs."""
 
     @staticmethod
-    def _widths(block_dim: int, loops: int) -> list[int]:
+    def _widths(cell: type[Cell], block_dim: int, loops: int) -> list[int]:
         return [block_dim]
 
 
@@ -108,5 +110,5 @@ class WideDynamics(StackedDynamics):
     """One wide block, applied once: the loop's FLOPs spent on width."""
 
     @staticmethod
-    def _widths(block_dim: int, loops: int) -> list[int]:
-        return [equal_flops_width(block_dim, loops)]
+    def _widths(cell: type[Cell], block_dim: int, loops: int) -> list[int]:
+        return [equal_flops_width(cell, block_dim, loops)]

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loopwm.dynamics.adaptive import LoopResult, loop_adaptive
-from loopwm.dynamics.base import Coda, Depth, DynamicsOutput, Prelude, relative_step, sample_norm
-from loopwm.dynamics.cell import LoopCell, PreparedLoop
+from loopwm.dynamics.architecture import Architecture
+from loopwm.dynamics.base import Depth, DynamicsOutput, first_state, relative_step, sample_norm
+from loopwm.dynamics.cell import PreparedLoop
 from loopwm.dynamics.depth import DepthSchedule, check_sampler, sample_depths
 from loopwm.dynamics.gradients import GRADIENTS
 from loopwm.dynamics.halting import HaltingRule, make_halting
 from loopwm.dynamics.solvers import SOLVERS
-from loopwm.dynamics.unroll import unroll
+from loopwm.dynamics.unroll import unroll, unroll_plain
 
 
 class LoopedDynamics(nn.Module):
     """z' = latent_norm(z + C h[T]) with h[t+1] = Abar h[t] + Bbar e + Rbar(h[t], e), e = LayerNorm(P [z; a]).
 
-    Equations 3-8 of 2606.18208 (after Parcae, 2604.12946) with the block made a contraction in h; see
-    ``LoopCell``. The number of loops T is a free choice of every call:
+    Equations 3-8 of 2606.18208 (after Parcae, 2604.12946) with the block made a contraction in h; see ``Cell``. The
+    number of loops T is a free choice of every call:
 
     - ``depth`` an int: exactly that many loops, also beyond ``max_loops``;
     - ``depth`` a (B,) integer tensor (or a ``DepthSchedule`` made from one): one depth per sample;
@@ -29,16 +31,17 @@ class LoopedDynamics(nn.Module):
       enters the next loop.
 
     Args:
-        latent_dim: Z. action_dim: A. hidden_dim: D, width of h. block_dim: inner width of the block (default 2 D).
+        latent_dim: Z. action_dim: A. hidden_dim: D, width of h.
         mean_loops: mean of the training depths. max_loops: cap of the sampled and of the adaptive depth.
         min_loops: floor of both. depth_sampler: a name in ``DEPTH_SAMPLERS``.
         halting: rule of the adaptive depth, a name in ``HALTING`` or a rule. halt_tolerance: the one number of a rule
         given by name. patience: loops in a row for which the rule must hold.
         solver: a name in ``SOLVERS``, for adaptive depth and for implicit gradients; an asked-for depth is always that
         many plain loops. gradient: a name in ``GRADIENTS``.
-        latent_norm: the module that normalises latents (the encoder's). The rest: see ``LoopCell``.
+        architecture: the fields of ``Architecture`` by name, ``block="conv"`` for grids, say.
 
     Raises:
+        TypeError: an unknown field.
         ValueError: unless 1 <= min_loops <= mean_loops <= max_loops; unknown names; halting ``certified`` or gradient
         ``implicit`` in another mode than ``certified``.
     """
@@ -52,19 +55,13 @@ class LoopedDynamics(nn.Module):
         max_loops: int = 8,
         *,
         min_loops: int = 1,
-        block_dim: int | None = None,
-        prelude_layers: int = 1,
-        mode: str = "certified",
-        gamma: float = 0.95,
-        injection: str = "zoh",
-        activation: str = "relu",
         depth_sampler: str = "poisson",
         halt_tolerance: float = 0.01,
         halting: str | HaltingRule = "residual",
         patience: int = 1,
         solver: str = "plain",
         gradient: str = "unrolled",
-        latent_norm: nn.Module | None = None,
+        **architecture: Any,
     ):
         super().__init__()
         if not 1 <= min_loops <= mean_loops <= max_loops:
@@ -77,17 +74,16 @@ class LoopedDynamics(nn.Module):
         check_sampler(depth_sampler)
         self.state_dim, self.min_loops, self.mean_loops, self.max_loops = hidden_dim, min_loops, mean_loops, max_loops
         self.depth_sampler = depth_sampler
-        self.prelude = Prelude(latent_dim, action_dim, hidden_dim, prelude_layers)
-        self.start = nn.Linear(latent_dim, hidden_dim, bias=False) if latent_dim != hidden_dim else nn.Identity()
-        self.cell = LoopCell(hidden_dim, block_dim or 2 * hidden_dim, mode, gamma, injection, activation)
-        self.coda = Coda(hidden_dim, latent_dim, latent_norm)
+        parts = Architecture(latent_dim, action_dim, hidden_dim, **architecture)
+        self.prelude, self.start = parts.make_prelude(), parts.make_start()
+        self.cell, self.coda = parts.make_cell(parts.width), parts.make_coda()
         self._bound: tuple[list[Tensor], float] | None = None
         self.solver, self.gradient = SOLVERS[solver](), GRADIENTS[gradient]()
         self.gradient.check(self)
         self.halting = make_halting(halting, self, halt_tolerance, patience)
 
     def forward(self, z: Tensor, action: Tensor, depth: Depth = None, h0: Tensor | None = None) -> DynamicsOutput:
-        """Predict the next latent: z (B, Z), action (B, A) -> ``DynamicsOutput``.
+        """Predict the next latent: z (B, Z), action (B, A), or as the block says (``Architecture``).
 
         ``h0`` (B, ...) is the state to start from instead of the one made from z: a warm start, such as the last state
         of the prediction before. A certified loop has one fixed point, so there it changes how soon that is reached;
@@ -97,16 +93,8 @@ class LoopedDynamics(nn.Module):
             ValueError: depth < 1, a depth tensor whose length is not B, or h0 of another shape than the state.
         """
         loop = self.cell.prepare(self.prelude(z, action))
-        result = self.gradient(self, loop, self._first_state(z, h0), depth)
+        result = self.gradient(self, loop, first_state(self.start, z, h0), depth)
         return self._output(z, *result)
-
-    def _first_state(self, z: Tensor, h0: Tensor | None) -> Tensor:
-        h = self.start(z)  # (B, ...)
-        if h0 is None:
-            return h
-        if h0.shape != h.shape:
-            raise ValueError(f"h0 must have the state's shape {tuple(h.shape)}, got {tuple(h0.shape)}")
-        return h0
 
     def _output(self, z: Tensor, h: Tensor, previous, loops, at) -> DynamicsOutput:
         def earlier(count: Tensor) -> DynamicsOutput:
@@ -155,10 +143,8 @@ class LoopedDynamics(nn.Module):
         order = None if schedule.order is None else schedule.order.to(device)
         if order is not None:
             loop, h = loop.select(order), h.index_select(0, order)
-        if loop.activation is not torch.relu:
-            final, states = self._unroll_plain(loop, h, schedule.active)
-        else:
-            final, states = unroll(h, loop, schedule.active)  # (B, D), deepest first
+        run = unroll if loop.fused else unroll_plain
+        final, states = run(h, loop, schedule.active)  # (B, ...), deepest first
         if order is not None:
             final = final.index_select(0, schedule.inverse.to(device))
 
@@ -168,21 +154,12 @@ class LoopedDynamics(nn.Module):
         def at(count: Tensor) -> tuple[Tensor, Tensor]:
             last = count == loops()  # what a sample's last loop gave enters no further one
             rows = schedule.rows(torch.where(last, 0, count)).to(device)
-            state = states.index_select(0, rows)
+            state = states().index_select(0, rows)
             state = torch.where(last.view(-1, *[1] * (state.ndim - 1)), final, state)
-            return state, states[schedule.rows(count - 1).to(device)].detach()
+            return state, states()[schedule.rows(count - 1).to(device)].detach()
 
         rows = schedule.rows
-        return LoopResult(final, lambda: states[rows(schedule.loops - 1).to(device)], loops, at)
-
-    @staticmethod
-    def _unroll_plain(loop: PreparedLoop, h: Tensor, active: list[int]) -> tuple[Tensor, Tensor]:
-        """What ``unroll`` does, by autograd alone: for other activations, and to test it against."""
-        states = []
-        for rows in active:
-            states.append(h[:rows])
-            h = torch.cat([loop.first(rows)(h[:rows]), h[rows:]])
-        return h, torch.cat(states)
+        return LoopResult(final, lambda: states()[rows(schedule.loops - 1).to(device)], loops, at)
 
     def trajectory(self, z: Tensor, action: Tensor, loops: int, h0: Tensor | None = None) -> Tensor:
         """Every state of ``loops`` plain loops from z (B, Z), action (B, A): (loops + 1, B, ...), the start first.
@@ -194,7 +171,7 @@ class LoopedDynamics(nn.Module):
         """
         if loops < 1:
             raise ValueError(f"loops must be at least 1, got {loops}")
-        loop, states = self.cell.prepare(self.prelude(z, action)), [self._first_state(z, h0)]
+        loop, states = self.cell.prepare(self.prelude(z, action)), [first_state(self.start, z, h0)]
         for _ in range(loops):
             states.append(loop(states[-1]))
         return torch.stack(states)
@@ -212,7 +189,7 @@ class LoopedDynamics(nn.Module):
         return DepthSchedule(depths)
 
     def frozen(self) -> AbstractContextManager[None]:
-        """Inside, the parameters do not change (see ``LoopCell.frozen``)."""
+        """Inside, the parameters do not change (see ``Cell.frozen``)."""
         return self.cell.frozen()
 
     def lipschitz_bound(self) -> float:

@@ -8,6 +8,8 @@ a test compares the two in float64. It pays where depths are mixed; at one fixed
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -69,10 +71,23 @@ class _Unroll(torch.autograd.Function):
         return grad, grad_constant, grad_injected, grad_decay, states.t() @ before, inner.t() @ outer, None
 
 
-def unroll(h: Tensor, loop: PreparedLoop, active: list[int]) -> tuple[Tensor, Tensor]:
-    """Apply ``loop`` (its activation must be ReLU) to h (B, D), loop t on the first active[t] rows.
+def unroll(h: Tensor, loop: PreparedLoop, active: list[int]) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Apply ``loop`` (one that is ``fused``) to h (B, D), loop t on the first active[t] rows.
 
     Returns:
-        (final states (B, D), the states (sum(active), D) that entered each loop, loop after loop).
+        (final states (B, D), a function that gives the states (sum(active), D) that entered each loop, loop by loop).
     """
-    return _Unroll.apply(h, loop.constant, loop.injected, loop.decay, loop.read, loop.write, active)
+    final, states = _Unroll.apply(h, loop.constant, loop.injected, loop.decay, loop.read, loop.write, active)
+    return final, lambda: states
+
+
+def unroll_plain(h: Tensor, loop: PreparedLoop, active: list[int]) -> tuple[Tensor, Callable[[], Tensor]]:
+    """What ``unroll`` does, by autograd alone: for every other loop, and to test it against."""
+    states, finished = [], []
+    for rows in active:
+        if rows < h.shape[0]:
+            finished.append(h[rows:])
+            h, loop = h[:rows], loop.first(rows)
+        states.append(h)
+        h = loop(h)
+    return torch.cat([h, *reversed(finished)]), lambda: torch.cat(states)

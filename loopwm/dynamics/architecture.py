@@ -1,0 +1,72 @@
+"""What the loop and its controls are built from: prelude, start, cell and coda of one kind of block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from loopwm.dynamics.base import Coda, Prelude
+from loopwm.dynamics.cell import Cell, LoopCell
+from loopwm.dynamics.conv import ConvCell
+
+BLOCKS: dict[str, type[Cell]] = {"mlp": LoopCell, "conv": ConvCell}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes and kinds, with the defaults that the loop and every control share.
+
+    Attributes:
+        latent_dim: Z. action_dim: A. hidden_dim: D, width of h.
+        block: a name in ``BLOCKS``: ``mlp`` for vectors z (B, Z), action (B, A), h (B, D); ``conv`` for grids
+        z (B, Z, S, S), action (B, A, S, S) or (B, A), h (B, D, S, S) of any size S.
+        block_dim: W, inner width of the block (default 2 D).
+        prelude_layers: layers from (z, action) to the injected input. coda_layers: layers from h to the step of z.
+        latent_norm: the module that normalises latents (the encoder's). The rest: see ``Cell``.
+
+    Raises:
+        ValueError: unknown block, or a number of layers below one.
+    """
+
+    latent_dim: int
+    action_dim: int
+    hidden_dim: int
+    block: str = "mlp"
+    block_dim: int | None = None
+    prelude_layers: int = 1
+    coda_layers: int = 1
+    mode: str = "certified"
+    gamma: float = 0.95
+    injection: str = "zoh"
+    activation: str = "relu"
+    latent_norm: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        if self.block not in BLOCKS:
+            raise ValueError(f"unknown block {self.block!r}; choose from {', '.join(BLOCKS)}")
+        for name in ("prelude_layers", "coda_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def kind(self) -> type[Cell]:
+        return BLOCKS[self.block]
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.block_dim or 2 * self.hidden_dim
+
+    def make_prelude(self) -> Prelude:
+        return self.kind.prelude(self.latent_dim, self.action_dim, self.hidden_dim, self.prelude_layers)
+
+    def make_start(self) -> nn.Module:
+        return self.kind.start(self.latent_dim, self.hidden_dim)
+
+    def make_cell(self, width: int) -> Cell:
+        """A cell of inner width ``width``."""
+        return self.kind(self.hidden_dim, width, self.mode, self.gamma, self.injection, self.activation)
+
+    def make_coda(self) -> Coda:
+        return self.kind.coda(self.hidden_dim, self.latent_dim, self.latent_norm, self.coda_layers)
