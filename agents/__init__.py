@@ -10,7 +10,7 @@ import torch
 from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
 from agents.planner import PlannerAgent
 from loopwm.config import Config, ConfigError
-from loopwm.dynamics import DYNAMICS, LoopedDynamics
+from loopwm.dynamics import DYNAMICS
 from loopwm.model import ENCODERS, WorldModel
 from loopwm.training.checkpoint import CheckpointError, Checkpoints
 from loopwm.training.protocols import Agent
@@ -23,9 +23,7 @@ def make_world_model(cfg: Config, obs_dim: int, action_dim: int) -> WorldModel:
     """The world model that a config describes."""
     e, d = cfg.encoder, cfg.dynamics
     encoder = ENCODERS[e.name](obs_dim, e.latent_dim, e.hidden_dim, e.layers)
-    make_dynamics = DYNAMICS[d.name]
-    loop_alone = ("halting", "patience", "solver", "gradient") if make_dynamics is LoopedDynamics else ()
-    dynamics = make_dynamics(
+    dynamics = DYNAMICS[d.name](
         e.latent_dim,
         action_dim,
         d.hidden_dim,
@@ -39,8 +37,11 @@ def make_world_model(cfg: Config, obs_dim: int, action_dim: int) -> WorldModel:
         injection=d.injection,
         depth_sampler=d.depth_sampler,
         halt_tolerance=d.halt_tolerance,
+        halting=d.halting,
+        patience=d.patience,
+        solver=d.solver,
+        gradient=d.gradient,
         latent_norm=encoder.norm,
-        **{name: getattr(d, name) for name in loop_alone},
     )
     return WorldModel(encoder, dynamics, cfg.agent.head_dim)
 
