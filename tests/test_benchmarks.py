@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import adaptive_depth, depth_extrapolation, sandpile_lab, stability
+from benchmarks import adaptive_depth, depth_extrapolation, loop_cost, parameter_efficiency, sandpile_lab, stability
 from benchmarks.sandpile_lab import GridModel, Recipe, by_difficulty, right, world_steps
 from envs.worlds.sandpile import topple
 from loopwm.dynamics import LoopedDynamics
@@ -111,3 +111,32 @@ def test_a_state_that_is_not_a_number_counts_as_infinite():
         np.inf,
         np.inf,
     ]
+
+
+def test_the_slope_of_a_further_loop():
+    times = {n: 3.0 + 0.5 * n for n in loop_cost.LOOPS}  # 3.5 ms for one loop, half a millisecond for each further one
+    assert loop_cost.slope(times) == pytest.approx(0.5 / 3.5)
+
+
+def test_bytes_kept_for_backward():
+    x, weight = torch.randn(10, 4), torch.randn(4, 4, requires_grad=True)
+    assert loop_cost.kept_bytes(lambda: x @ weight) == 10 * 4 * 4  # the input; the weight is kept anyway
+
+
+def test_parameters_of_equal_error_are_read_off_the_controls_front():
+    points = [(100, 0.4), (200, 0.5), (10_000, 0.004), (1000, 0.04)]  # the second is beaten by the first
+    assert parameter_efficiency.front(points) == [(100, 0.4), (1000, 0.04), (10_000, 0.004)]
+    size, reached = parameter_efficiency.parameters_for(0.04 * 10**-0.5, points)
+    assert reached and size == pytest.approx(1000 * 10**0.5)  # half way, in logarithms
+    assert parameter_efficiency.parameters_for(0.9, points) == (pytest.approx(100), True)
+    assert parameter_efficiency.parameters_for(0.001, points) == (pytest.approx(10_000), False)
+
+
+def test_the_ratio_says_when_no_control_reaches_the_loop_and_when_the_loop_loses():
+    def rows(error: float) -> list[dict]:
+        controls = [("stacked", 1000, 0.1), ("wide", 2000, 0.3), ("single_pass", 50, 0.9)]
+        return [{"dynamics": d, "parameters": n, "error": e} for d, n, e in [("looped", 500, error), *controls]]
+
+    won = parameter_efficiency.verdict(rows(0.01))[1]
+    assert "at least 2.0 times the 500 parameters" in won and "no control of the ladder reaches it" in won
+    assert "0.1 times the 500" in (lost := parameter_efficiency.verdict(rows(0.95))[1]) and "needs more" in lost
