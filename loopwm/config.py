@@ -83,7 +83,7 @@ NonNegative = Annotated[float, Within(0)]  # >= 0
 Fraction = Annotated[float, Within(0, 1, open=True)]  # in (0, 1)
 Share = Annotated[float, Within(0, 1)]  # in [0, 1]
 Suite = Annotated[str, OneOf(("dmc", "gym"))]
-DynamicsName = Annotated[str, OneOf(("looped", "single_pass", "stacked", "wide"))]
+DynamicsName = Annotated[str, OneOf(("looped", "single_pass", "stacked", "wide", "deep_thin"))]
 DepthSampler = Annotated[str, OneOf(("fixed", "poisson", "lognormal_poisson", "uniform"))]
 LoopMode = Annotated[str, OneOf(("certified", "linear"))]
 Injection = Annotated[str, OneOf(("zoh", "euler", "additive"))]

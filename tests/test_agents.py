@@ -647,7 +647,7 @@ def test_two_agents_of_one_seed_are_equal_and_of_two_are_not(discrete):
     assert changed(runs[0][1], runs[2][1]) == runs[0][1].keys()
 
 
-@pytest.mark.parametrize("name", ["looped", "single_pass", "stacked", "wide"])
+@pytest.mark.parametrize("name", ["looped", "single_pass", "stacked", "wide", "deep_thin"])
 def test_every_dynamics_trains_acts_and_is_looked_at(name):
     agent, replay = make(dynamics={"name": name}), filled_replay()
     agent.update(replay)
