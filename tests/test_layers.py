@@ -178,6 +178,16 @@ def test_the_bound_is_never_below_a_jacobian(block, mode, layers, order):
     assert worst_by_ascent(dynamics, h, e) <= bound * (1 + 1e-12)
 
 
+def test_the_bound_of_aabb_is_its_worst_layers():
+    """The slow layer's, wherever it stands: its own loop is one of those that the bound speaks of."""
+    for slow in (0, 1):
+        dynamics = made(block_layers=2, order="aabb")
+        with torch.no_grad():
+            dynamics.cell.layers[slow].log_dt.fill_(math.log(0.01))
+        rho = [layer.lipschitz_bound() for layer in dynamics.cell.layers]
+        assert dynamics.lipschitz_bound() == rho[slow] > rho[1 - slow]
+
+
 @pytest.mark.parametrize("block", ["mlp", "conv"])
 def test_layers_stay_certified_through_training(block):
     torch.manual_seed(0)
@@ -294,6 +304,12 @@ def test_descending_the_penalty_makes_the_loop_contract(order):
         adam.step()
         assert worst() <= dynamics.lipschitz_bound() * (1 + 1e-12)
     assert before > 1.2 and worst() < 0.6
+
+
+def test_the_penalty_does_not_move_the_states_it_looks_at():
+    dynamics = made(mode="soft")
+    dynamics(*inputs("mlp", 3), 3).jacobian_penalty(generator()).sum().backward()
+    assert dynamics.start.weight.grad is None and dynamics.cell.read.weight.grad.any()
 
 
 @pytest.mark.parametrize("mode", ["certified", "linear"])
