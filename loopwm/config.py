@@ -181,6 +181,8 @@ class DynamicsConfig(Section):
         for name, value in (("halting", "certified"), ("gradient", "implicit")):
             if getattr(self, name) == value and self.mode != "certified":
                 raise ConfigError(f"dynamics.{name}={value}: needs dynamics.mode=certified")
+        if self.gradient == "implicit" and self.order == "aabb":
+            raise ConfigError("dynamics.order=aabb: dynamics.gradient=implicit needs dynamics.order=abab")
 
 
 @dataclass(frozen=True)

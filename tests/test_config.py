@@ -53,6 +53,7 @@ MISTAKES = [
     (["dynamics.injection=zho"], "mean zoh"),
     (["dynamics.halting=residul"], "mean residual"),
     (["dynamics.halting=certified", "dynamics.mode=linear"], "dynamics.halting=certified: needs dynamics.mode=cert"),
+    (["dynamics.gradient=implicit", "dynamics.order=aabb"], "needs dynamics.order=abab"),
     (["dynamics.gradient=implicit", "dynamics.mode=linear"], "dynamics.gradient=implicit: needs"),
     (["dynamics=wide", "agent.early_weight=1"], "agent.early_weight: needs dynamics=looped"),
     (["dynamics.gradient=implicit", "agent.early_weight=1"], "agent.early_weight: needs"),

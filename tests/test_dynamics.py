@@ -681,6 +681,8 @@ def test_deep_thin_has_the_loops_parameters_in_more_and_thinner_cells(block, loo
     kw = {"mode": "linear", "block": block, "block_layers": block_layers, "latent_norm": nn.LayerNorm(64)}
     thin, loop = (make(64, 6, width, loops, loops, **kw) for make in (DeepThinDynamics, LoopedDynamics))
     assert len(thin.cells) == loops * block_layers and thin.state_dim < width
+    inner = sum(cell.inject.weight.shape[0] for cell in thin.cells) / len(thin.cells)
+    assert 0.8 <= inner / (2 * thin.state_dim) <= 1.25, "thinner alike in h and inside"
     assert 0.98 <= count(thin) / count(loop) <= 1.0, f"{count(thin) / count(loop):.3f}"
 
 

@@ -121,17 +121,27 @@ def test_frozen_layers_give_the_same_gradients():
 
 
 def test_implicit_gradients_through_layers():
-    for order in ORDERS:
-        kw = {"block_layers": 2, "order": order, "max_loops": 300, "halt_tolerance": 1e-12}
-        implicit, unrolled = made(gradient="implicit", **kw), made(**kw)
-        implicit.gradient.tolerance = 1e-11
-        z, action = inputs("mlp", 2)
-        for p, q in zip(implicit.cell.parameters(), unrolled.cell.parameters(), strict=True):
-            p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)  # the end of aabb forgets its first layer
-        implicit(z, action).h.tanh().sum().backward()
-        unrolled(z, action, 300).h.tanh().sum().backward()
-        for p, q in zip(implicit.cell.parameters(), unrolled.cell.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9)
+    kw = {"block_layers": 2, "max_loops": 300, "halt_tolerance": 1e-12}
+    implicit, unrolled = made(gradient="implicit", **kw), made(**kw)
+    implicit.gradient.tolerance = 1e-11
+    z, action = inputs("mlp", 2)
+    implicit(z, action).h.tanh().sum().backward()
+    unrolled(z, action, 300).h.tanh().sum().backward()
+    for p, q in zip(implicit.cell.parameters(), unrolled.cell.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9)
+    with pytest.raises(ValueError, match="last layer of order 'aabb' alone"):
+        made(gradient="implicit", order="aabb", **kw)
+
+
+def test_a_deep_aabb_is_its_last_layer():
+    """Why it is for few loops: the fixed point of the last layer knows nothing of the layers before."""
+    dynamics, (z, action) = made(block_layers=2, order="aabb"), inputs("mlp", 2)
+    alone = dynamics.cell.layers[1].prepare(dynamics.prelude(z, action))
+    h = torch.zeros(2, D, dtype=DOUBLE)
+    for _ in range(500):
+        h = alone(h)
+    torch.testing.assert_close(dynamics(z, action, 500).h, h)
+    assert not torch.allclose(dynamics(z, action, 2).h, h, rtol=1e-2)
 
 
 # ---- the certificate -----------------------------------------------------------------------------
@@ -146,15 +156,10 @@ def worst_by_ascent(dynamics: LoopedDynamics, h: torch.Tensor, e: torch.Tensor, 
             product = torch.autograd.functional.jvp(loop, h, u / u.norm(), create_graph=True)[1]
             ascent.zero_grad()
             product.norm().backward()
-            worst = max(
-                worst, float(product.detach().norm()), sigma(jacobian_of(dynamics_loop(dynamics, e), h.detach()))
-            )
+            fixed = dynamics.cell.stages(e.detach())
+            worst = max(worst, *(sigma(jacobian_of(stage, h.detach())) for stage in fixed))
         ascent.step()
     return worst
-
-
-def dynamics_loop(dynamics: LoopedDynamics, e: torch.Tensor):
-    return dynamics.cell.stages(e.detach())[-1]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -173,6 +178,16 @@ def test_the_bound_is_never_below_a_jacobian(block, mode, layers, order):
     assert worst_by_ascent(dynamics, h, e) <= bound * (1 + 1e-12)
 
 
+def test_the_bound_of_aabb_is_its_worst_layers():
+    """The slow layer's, wherever it stands: its own loop is one of those that the bound speaks of."""
+    for slow in (0, 1):
+        dynamics = made(block_layers=2, order="aabb")
+        with torch.no_grad():
+            dynamics.cell.layers[slow].log_dt.fill_(math.log(0.01))
+        rho = [layer.lipschitz_bound() for layer in dynamics.cell.layers]
+        assert dynamics.lipschitz_bound() == rho[slow] > rho[1 - slow]
+
+
 @pytest.mark.parametrize("block", ["mlp", "conv"])
 def test_layers_stay_certified_through_training(block):
     torch.manual_seed(0)
@@ -185,7 +200,7 @@ def test_layers_stay_certified_through_training(block):
         adam.step()
         assert dynamics.lipschitz_bound() < 1.0
     rho = [layer.lipschitz_bound() for layer in dynamics.cell.layers]
-    assert dynamics.lipschitz_bound() == pytest.approx(rho[0] * rho[1])
+    assert dynamics.lipschitz_bound() == rho[0] * rho[1] < min(rho)
     assert 0.0 < dynamics.measured_contraction(z, action, 20) <= dynamics.lipschitz_bound() * (1 + 1e-3)
     with torch.no_grad():
         states = dynamics.trajectory(z, action, 200)
@@ -274,9 +289,9 @@ def test_the_penalty_is_the_mean_squared_singular_value(block):
 @pytest.mark.parametrize("order", ORDERS)
 def test_descending_the_penalty_makes_the_loop_contract(order):
     """What the penalty is for; the bound stays true while it moves."""
-    dynamics = made(scale=0.3, mode="soft", block_layers=2, order=order)
+    dynamics = made(scale=0.4, mode="soft", block_layers=2, order=order)
     z, action = inputs("mlp", 32)
-    adam = torch.optim.Adam(dynamics.cell.parameters(), lr=0.05)
+    adam = torch.optim.Adam(dynamics.cell.parameters(), lr=0.02)
 
     def worst() -> float:
         e, h = dynamics.prelude(z, action)[:1], dynamics(z, action, 4).h.detach()[:1]
@@ -288,7 +303,13 @@ def test_descending_the_penalty_makes_the_loop_contract(order):
         dynamics(z, action, 4).jacobian_penalty(generator(step)).mean().backward()
         adam.step()
         assert worst() <= dynamics.lipschitz_bound() * (1 + 1e-12)
-    assert before > 1.2 and worst() < 0.9
+    assert before > 1.2 and worst() < 0.6
+
+
+def test_the_penalty_does_not_move_the_states_it_looks_at():
+    dynamics = made(mode="soft")
+    dynamics(*inputs("mlp", 3), 3).jacobian_penalty(generator()).sum().backward()
+    assert dynamics.start.weight.grad is None and dynamics.cell.read.weight.grad.any()
 
 
 @pytest.mark.parametrize("mode", ["certified", "linear"])
@@ -318,21 +339,19 @@ def test_the_world_models_losses_name_it_in_soft_mode_alone():
         torch.manual_seed(0)
         model = WorldModel(MLPEncoder(4, Z, 8), LoopedDynamics(Z, A, D, mode=mode), 8)
         before = torch.get_rng_state()
-        rollout = model.rollout(
-            torch.randn(3, Z, generator=generator()), torch.randn(2, 3, A, generator=generator()), 3
-        )
+        rollout = model.rollout(*steps(), 3)
         mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
         losses = world_model_losses(model, rollout, torch.zeros(2, 3, Z), ones, 0 * ones, mask, generator(4))
         assert ("jacobian" in losses) == (mode == "soft")
         assert torch.equal(torch.get_rng_state(), before), "its vectors come from the generator it is given"
         weighted_sum(losses, dict.fromkeys(losses, 1.0)).backward()
     stream = generator(4)
-    each = torch.stack([out.jacobian_penalty(stream) for out in model.rollout(*again(model), 3).outputs])
-    assert float(losses["jacobian"].detach()) == pytest.approx(float((each * mask).sum() / 5))
+    each = torch.stack([out.jacobian_penalty(stream) for out in model.rollout(*steps(), 3).outputs])
+    assert float(losses["jacobian"].detach()) == pytest.approx(float((each * mask).sum().detach() / 5))
 
 
-def again(model: WorldModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inputs of the test before."""
+def steps() -> tuple[torch.Tensor, torch.Tensor]:
+    """A latent and two actions."""
     return torch.randn(3, Z, generator=generator()), torch.randn(2, 3, A, generator=generator())
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loopwm.dynamics.adaptive import LoopResult
 from loopwm.dynamics.base import sample_norm
+from loopwm.dynamics.layers import RepeatedLayers
 from loopwm.dynamics.solvers import PlainSolver
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class ImplicitGradient:
         tolerance: certified bound on ||u - u*|| / ||g|| of every sample, down to rounding.
 
     Raises:
-        ValueError: tolerance not in (0, 1); dynamics that are not certified to contract.
+        ValueError: tolerance not in (0, 1); dynamics that are not certified to contract, or of order AABB, where the
+        fixed point is that of the last layer.
     """
 
     trains_at_fixed_point = True
@@ -60,6 +62,8 @@ class ImplicitGradient:
 
     def check(self, dynamics: LoopedDynamics) -> None:
         dynamics.require_certificate("gradient 'implicit'")
+        if isinstance(dynamics.cell, RepeatedLayers):
+            raise ValueError("gradient 'implicit' trains the last layer of order 'aabb' alone; choose order 'abab'")
 
     def __call__(self, dynamics: LoopedDynamics, loop: Callable, h: Tensor, depth: Depth) -> LoopResult:
         with torch.no_grad():

@@ -41,7 +41,7 @@ class RepeatedBlock(nn.Module):
 
 
 class RepeatedLayers(RepeatedBlock):
-    """Order AABB: T loops apply the first layer T times, then the second T times (MobileLLM, 2402.14905, section 3.4).
+    """Order AABB: T loops apply the first layer T times, then the second T times (MobileLLM, 2402.14905).
 
     The bound is that of the worst layer, since one loop applies one of them. A layer that contracts forgets what it
     started from: run to its end, the block is its last layer, and earlier ones only count while T is small.
