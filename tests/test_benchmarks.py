@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import adaptive_depth, depth_extrapolation, loop_cost, parameter_efficiency, sandpile_lab, stability
+from benchmarks import adaptive_depth, depth_extrapolation, parameter_efficiency, sandpile_lab
 from benchmarks.sandpile_lab import GridModel, Recipe, by_difficulty, right, world_steps
 from envs.worlds.sandpile import topple
 from loopwm.dynamics import LoopedDynamics
@@ -91,36 +91,6 @@ def test_paired_seconds_take_turns():
     calls = []
     adaptive_depth.paired_seconds(lambda: calls.append(1), lambda: calls.append(2), 3)
     assert calls == [1, 2] * 3
-
-
-@pytest.mark.parametrize("mode", ["certified", "linear"])
-def test_the_one_loop_factor_is_the_jacobians_largest_singular_value(mode):
-    torch.manual_seed(0)
-    dynamics = LoopedDynamics(6, 2, 5, mode=mode).double()
-    torch.nn.init.normal_(dynamics.cell.write.weight if mode == "linear" else dynamics.cell.inject.weight)
-    loop = dynamics.cell.prepare(dynamics.prelude(torch.randn(7, 6).double(), torch.randn(7, 2).double()))
-    h = torch.randn(7, 5).double()
-    dense = torch.autograd.functional.jacobian(loop, h)  # (7, 5, 7, 5)
-    exact = torch.stack([torch.linalg.matrix_norm(dense[i, :, i], 2) for i in range(7)])
-    assert torch.allclose(stability.one_loop_factor(loop, h, 300), exact, rtol=1e-6)
-
-
-def test_a_state_that_is_not_a_number_counts_as_infinite():
-    assert stability.sizes(torch.tensor([[3.0, 4.0], [torch.nan, 0.0], [torch.inf, 0.0]])).tolist() == [
-        5,
-        np.inf,
-        np.inf,
-    ]
-
-
-def test_the_slope_of_a_further_loop():
-    times = {n: 3.0 + 0.5 * n for n in loop_cost.LOOPS}  # 3.5 ms for one loop, half a millisecond for each further one
-    assert loop_cost.slope(times) == pytest.approx(0.5 / 3.5)
-
-
-def test_bytes_kept_for_backward():
-    x, weight = torch.randn(10, 4), torch.randn(4, 4, requires_grad=True)
-    assert loop_cost.kept_bytes(lambda: x @ weight) == 10 * 4 * 4  # the input; the weight is kept anyway
 
 
 def test_parameters_of_equal_error_are_read_off_the_controls_front():
