@@ -209,7 +209,8 @@ def random_latents(dynamics: LoopedDynamics, count: int, action_dim: int, genera
             out = dynamics(z, action, dynamics.max_loops)
             finite += int((out.h.isfinite().all(1) & out.z_next.isfinite().all(1)).sum())
             most = dynamics.start(z).norm(dim=-1).clamp_min(radius)
-            excess = max(excess, float((out.h.norm(dim=-1) / most).nan_to_num(torch.inf).max()))
+            if math.isfinite(radius):
+                excess = max(excess, float((out.h.norm(dim=-1) / most).nan_to_num(torch.inf).max()))
             step = max(step, dynamics.measured_contraction(z, action, dynamics.max_loops))
     return {"count": count, "finite": finite, "state_over_radius": excess, "largest_step_ratio": step}
 
@@ -241,5 +242,5 @@ def depth_errors(dynamics: LoopedDynamics, z: Tensor, action: Tensor, z_after: T
         "certified": (certified / size).median(1).values.tolist(),
         "prediction": prediction,
         "converged": bool(rest < 1e-9),  # False also where a state is not finite
-        "sound": bool((true <= certified + slack + rounding).all()),
+        "sound": bool(((true <= certified + slack + rounding) | certified.isinf()).all()),
     }
