@@ -50,7 +50,7 @@ class Effort(NamedTuple):
     loops: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     uses: tuple[str, ...] = tuple(USES)
     seconds: float = 20.0  # of rounds for one width and use
-    flops: float = 2e11  # most for one timed call: deeper ones of a large width are left out
+    flops: float = 2e11  # most for one timed call: depths beyond the adaptive one's cap are left out where above it
 
 
 QUICK = Effort((32, 64, 256), (1, 4, 16, 64), ("act", "plan", "train"), 2.0, 1e10)
@@ -117,7 +117,7 @@ def predict(dynamics: nn.Module, use: Use, z: Tensor, action: Tensor, depth) -> 
 
 
 def equal_mean_tolerance(dynamics: nn.Module, z: Tensor, action: Tensor) -> tuple[float, float]:
-    """(tolerance, mean loops) of the residual rule at which the mean over all rows is nearest to MEAN."""
+    """Set the residual rule's tolerance to where the mean over all rows is nearest to MEAN: (tolerance, mean loops)."""
     low, high, found = -6.0, 0.0, []  # log10
     for _ in range(25):
         middle = (low + high) / 2
@@ -126,7 +126,8 @@ def equal_mean_tolerance(dynamics: nn.Module, z: Tensor, action: Tensor) -> tupl
             mean = float(dynamics(z.flatten(0, 1), action.flatten(0, 1)).loops.double().mean())
         found.append((abs(mean - MEAN), 10**middle, mean))
         low, high = (low, middle) if mean < MEAN else (middle, high)
-    return min(found)[1:]
+    _, dynamics.halting.tolerance, mean = min(found)
+    return dynamics.halting.tolerance, mean
 
 
 def equal_mean_schedule(dynamics: nn.Module, batch: int):
@@ -151,7 +152,7 @@ def cases(use: Use, width: int, effort: Effort, device: torch.device) -> list[Ca
     z, action = inputs(use, width, device)
     looped = make("looped", width, device)
     one_loop = 8 * width**2 * use.batch * use.calls * (3 * HORIZON if use.train else 1)  # FLOPs
-    deep = [t for t in effort.loops if t <= MEAN or t * one_loop <= effort.flops]
+    deep = [t for t in effort.loops if t <= MOST or t * one_loop <= effort.flops]
     found = [Case("looped", t, False, predict(looped, use, z, action, t), looped) for t in deep]
     if use.train:
         depth, mean = equal_mean_schedule(looped, use.batch)
@@ -201,14 +202,15 @@ def measure_group(name: str, width: int, effort: Effort, device: torch.device) -
                 stack.enter_context(model.frozen())
         taken = interleaved([case.call for case in tried], effort.seconds, device) / use.calls
     fixed = [i for i, case in enumerate(tried) if case.dynamics == "looped" and not case.adaptive]
-    at_mean = next(i for i in fixed if tried[i].loops == MEAN)
+    at_mean, at_most = (next(i for i in fixed if tried[i].loops == depth) for depth in (MEAN, MOST))
     rows = [
         {
             "dynamics": case.dynamics,
             "loops": case.loops,
             "adaptive": case.adaptive,
             "ms": median_interval(1e3 * taken[:, i]),
-            "of_fixed": median_interval(taken[:, i] / taken[:, at_mean]),  # the loop at its default depth is 1
+            "of_mean": median_interval(taken[:, i] / taken[:, at_mean]),  # the loop at fixed depth MEAN is 1
+            "of_most": median_interval(taken[:, i] / taken[:, at_most]),  # the loop at fixed depth MOST is 1
             "peak_bytes": peak_bytes(case.call, device),
         }
         for i, case in enumerate(tried)
@@ -235,22 +237,25 @@ def pick(row: dict, **what) -> dict:
 def conclude(rows: list[dict]) -> tuple[dict, str]:
     """(headline, one sentence), computed from the rows."""
     width = min((row["width"] for row in rows), key=lambda w: abs(math.log(w / 64)))  # the default agent's, or nearest
-    headline, adaptive = {}, []
+    headline, adaptive = {}, [pick(row, adaptive=True) for row in rows]
     for row in rows:
         headline[f"further loop, {row['use']}, width {row['width']}"] = row["slope"]
-        adaptive.append(pick(row, adaptive=True)["of_fixed"]["value"])
-        if row["width"] == width:
-            for case in row["cases"]:
-                if case["adaptive"] or case["dynamics"] != "looped":
-                    name = "adaptive" if case["adaptive"] else case["dynamics"]
-                    headline[f"{name} / fixed depth, {row['use']}, width {width}"] = case["of_fixed"]
+    for row in (row for row in rows if row["width"] == width):
+        for case in row["cases"]:
+            if case["adaptive"]:
+                headline[f"adaptive / {MOST} loops, {row['use']}, width {width}"] = case["of_most"]
+            if case["adaptive"] or case["dynamics"] != "looped":
+                name = "adaptive" if case["adaptive"] else case["dynamics"]
+                headline[f"{name} / {MEAN} loops, {row['use']}, width {width}"] = case["of_mean"]
     met = sum(row["slope"]["value"] <= AIM for row in rows)
     here = ", ".join(f"{row['slope']['value']:.2f} ({row['use']})" for row in rows if row["width"] == width)
     worst = max(rows, key=lambda row: row["slope"]["value"])
+    of_mean, of_most = ([case[key]["value"] for case in adaptive] for key in ("of_mean", "of_most"))
     return headline, (
         f"At width {width} a further loop costs {here} of a prediction with one; at most {AIM} in {met} of {len(rows)} "
-        f"cases, worst {worst['slope']['value']:.2f} ({worst['use']}, width {worst['width']}); adaptive depth costs "
-        f"{np.median(adaptive):.2f} times fixed depth at equal mean (median; {min(adaptive):.2f}-{max(adaptive):.2f})."
+        f"cases, worst {worst['slope']['value']:.2f} ({worst['use']}, width {worst['width']}); adaptive depth of mean "
+        f"{MEAN} and cap {MOST} costs {min(of_mean):.2f} to {max(of_mean):.2f} times {MEAN} loops for all (median "
+        f"{np.median(of_mean):.2f}), and {np.median(of_most):.2f} times {MOST} loops for all."
     )
 
 
@@ -271,7 +276,10 @@ def draw(rows: list[dict], path: Path) -> None:
     axes[0].set(xscale="log", yscale="log", xlabel="loops", ylabel="ms")
     axes[1].set(xscale="log", ylim=(0, None), xlabel="width", ylabel="a further loop / a prediction with one")
     axes[2].set(xscale="log", yscale="log", xlabel="loops", ylabel="peak memory, MB")
-    for one in axes:
+    loops = sorted({case["loops"] for row in rows for case in row["cases"] if not case["adaptive"]})
+    for one, ticks in zip(axes, (loops, sorted({row["width"] for row in rows}), loops), strict=True):
+        one.set_xticks(ticks, [str(tick) for tick in ticks])
+        one.minorticks_off()
         one.grid(alpha=0.25)
     axes[0].legend(fontsize=7, frameon=False)
     figure.tight_layout()

@@ -108,10 +108,10 @@ def factor(row: dict) -> float:
 
 
 def breaches(row: dict) -> list[str]:
-    """Which certified figures of a row turned out false; none may. Of float32 states, to rounding."""
+    """Which certified figures of a row turned out false; none may. To float32 rounding, in which the weights are."""
     largest = max(r["largest_state"] for r in rollouts([row], *NORMED))
     false = {
-        "factor": factor(row) > row["bound"] * (1 + 1e-9),
+        "factor": factor(row) > row["bound"] * (1 + 1e-6),
         "radius": largest > row["radius"] * (1 + 1e-4),
         "latents": row["latents"]["state_over_radius"] > 1 + 1e-4,
         "distance": not row["depth"]["sound"],
@@ -164,8 +164,8 @@ def conclude(rows: list[dict], effort: Effort) -> tuple[dict, str]:
     return headline, (
         f"Over {len({row['seed'] for row in rows})} seed(s), trained and hostile weights, {effort.rollout} steps: "
         f"contracting and bounded throughout {', '.join(held) or 'no mode'}; not so {', '.join(failed) or 'none'}; "
-        f"the published mode is {'beaten' if held and lost else 'not beaten'}. No mode bounds z itself: rollouts finite "
-        f"without the latent norm {', '.join(drift)}."
+        f"the published mode is {'beaten' if held and lost else 'not beaten'}. No mode bounds z itself: rollouts "
+        f"finite without the latent norm {', '.join(drift)}."
     )
 
 
