@@ -221,17 +221,20 @@ class PlannerAgent:
         depth = model.dynamics.sample_depth(obs.shape[1], self.depth_generator)
         with model.frozen():
             rollout = model.rollout(model.encode(obs[0]), action, depth)
-            losses = world_model_losses(model, rollout, z_target, reward, terminated, mask)
+            data = (z_target, reward, terminated, mask, self.depth_generator)
+            losses = world_model_losses(model, rollout, *data)
             weights = {
                 "consistency": c.consistency_weight,
                 "reward": c.reward_weight,
                 "continuation": c.continuation_weight,
             }
+            if "jacobian" in losses:  # in mode soft
+                weights["jacobian"] = c.jacobian_weight
             if c.early_weight:
                 early = rollout.early(self.depth_generator)
-                early_losses = world_model_losses(model, early, z_target, reward, terminated, mask)
+                early_losses = world_model_losses(model, early, *data)
                 losses |= {f"early_{name}": loss for name, loss in early_losses.items()}
-                weights |= {f"early_{name}": c.early_weight * weight for name, weight in weights.items()}
+                weights |= {f"early_{name}": c.early_weight * weights[name] for name in early_losses}
             total = weighted_sum(losses, weights)
             self.model_optimizer.zero_grad()
             total.backward()

@@ -126,8 +126,9 @@ def verdict(rows: list[dict]) -> tuple[dict, str]:
     keeps = "keeps" if deep >= shallow - 0.01 else "loses"
     return headline, (
         f"Trained on up to {TRAINED} rounds, the loop {word} every control on {group} rounds "
-        f"({means['looped', group]:.2f} against {means[best, group]:.2f} of {best}) and {keeps} its answers at sixteen times the depth "
-        f"({deep:.2f} against {shallow:.2f}); certified to contract it gets {means['looped, certified', group]:.2f}."
+        f"({means['looped', group]:.2f} against {means[best, group]:.2f} of {best}) and {keeps} its answers at sixteen "
+        f"times the depth ({deep:.2f} against {shallow:.2f}); certified to contract it gets "
+        f"{means['looped, certified', group]:.2f}."
     )
 
 

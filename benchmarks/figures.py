@@ -14,7 +14,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-COLORS = {"looped": "#1b6ca8", "single_pass": "#d1495b", "stacked": "#edae49", "wide": "#66a182"}
+COLORS = {
+    "looped": "#1b6ca8",
+    "single_pass": "#d1495b",
+    "stacked": "#edae49",
+    "wide": "#66a182",
+    "deep_thin": "#7d5ba6",
+}
 
 
 def published(path: Path | None, task: str) -> dict[str, list[tuple[int, float]]]:

@@ -9,7 +9,7 @@ import sys
 
 from benchmarks.harness import at_frames, curve, interval, parser, report, train_all, training_run
 
-CONTROLS = ("single_pass", "stacked", "wide")
+CONTROLS = ("single_pass", "stacked", "wide", "deep_thin")
 
 
 def main(arguments: list[str]) -> None:

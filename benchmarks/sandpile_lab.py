@@ -3,7 +3,7 @@
 The world is ``envs.worlds.sandpile``: a grain is dropped, the pile topples in rounds until it is stable; the number of
 rounds is the difficulty of the step. A model sees the pile and the drop, and predicts the stable pile; a prediction
 counts as right when every cell is. Training sees avalanches of at most ``TRAINED`` rounds, the test goes far beyond.
-``benchmarks.depth_extrapolation`` and ``benchmarks.adaptive_depth`` read the same trained models.
+``benchmarks.depth_extrapolation``, ``adaptive_depth`` and ``parameter_efficiency`` read the same trained models.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Recipe:
     learning_rate: float = 2e-3
     steps: int = 6000
     seed: int = 0
+    hidden: int = HIDDEN  # width of the latent, of h and of the block
+    loops: int = LOOPS  # the controls' depth, or that of the loop whose FLOPs they have
 
     @property
     def name(self) -> str:
@@ -50,11 +52,12 @@ class GridModel(nn.Module):
 
     def __init__(self, recipe: Recipe):
         super().__init__()
-        self.encoder = nn.Conv2d(FULL, HIDDEN, 1)
+        width = recipe.hidden
+        self.encoder = nn.Conv2d(FULL, width, 1)
         self.dynamics = DYNAMICS[recipe.dynamics](
-            HIDDEN, 1, HIDDEN, LOOPS, MAX_LOOPS, block="conv", block_dim=HIDDEN, mode=recipe.mode, gamma=0.99
+            width, 1, width, recipe.loops, MAX_LOOPS, block="conv", block_dim=width, mode=recipe.mode, gamma=0.99
         )
-        self.decoder = nn.Sequential(nn.Conv2d(HIDDEN, 2 * HIDDEN, 1), nn.ReLU(), nn.Conv2d(2 * HIDDEN, FULL, 1))
+        self.decoder = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.ReLU(), nn.Conv2d(2 * width, FULL, 1))
 
     def forward(self, pile: Tensor, drop: Tensor, depth: int | None = None, h0: Tensor | None = None):
         """pile (B, S, S) in 0..3, drop (B, 1, S, S) -> (logits (B, 4, S, S), ``DynamicsOutput``)."""

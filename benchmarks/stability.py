@@ -37,7 +37,7 @@ from benchmarks.loop_probes import (
     state_radius,
 )
 from benchmarks.walker_models import hostile, random_transitions, real_latents, train_model
-from loopwm.dynamics.cell import MODES
+from loopwm.dynamics import MODES
 from loopwm.model import WorldModel
 from loopwm.training.replay import Replay
 

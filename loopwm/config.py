@@ -83,9 +83,10 @@ NonNegative = Annotated[float, Within(0)]  # >= 0
 Fraction = Annotated[float, Within(0, 1, open=True)]  # in (0, 1)
 Share = Annotated[float, Within(0, 1)]  # in [0, 1]
 Suite = Annotated[str, OneOf(("dmc", "gym"))]
-DynamicsName = Annotated[str, OneOf(("looped", "single_pass", "stacked", "wide"))]
+DynamicsName = Annotated[str, OneOf(("looped", "single_pass", "stacked", "wide", "deep_thin"))]
 DepthSampler = Annotated[str, OneOf(("fixed", "poisson", "lognormal_poisson", "uniform"))]
-LoopMode = Annotated[str, OneOf(("certified", "linear"))]
+LoopMode = Annotated[str, OneOf(("certified", "linear", "soft"))]
+LayerOrder = Annotated[str, OneOf(("abab", "aabb"))]
 Injection = Annotated[str, OneOf(("zoh", "euler", "additive"))]
 # not `gate`: the agents train none
 Halting = Annotated[str, OneOf(("residual", "fixed", "random", "second_difference", "certified", "prediction"))]
@@ -151,11 +152,14 @@ class DynamicsConfig(Section):
     hidden_dim: Count = 64  # D, width of the loop state h, units
     block_dim: Count = 128  # inner width of the block, units
     prelude_layers: Count = 1  # layers from (z, action) to the injected input, count
+    block_layers: Count = 1  # layers in the shared block, count
+    order: LayerOrder = "abab"  # loops apply the whole block in turn (abab), or each layer to its end (aabb)
+    coda_layers: Count = 1  # layers from h to the step of z, count
     mean_loops: Count = 4  # mean depth of one prediction while training, loops
     max_loops: Count = 8  # most loops in one prediction, drawn in training or adaptive, loops
     min_loops: Count = 1  # fewest loops before a sample may stop when acting, loops
     depth_sampler: DepthSampler = "poisson"  # how training draws the depth
-    mode: LoopMode = "certified"  # certified: the loop contracts; linear: as published, no guarantee
+    mode: LoopMode = "certified"  # certified: the loop contracts; linear: as published; soft: linear with a penalty
     gamma: Fraction = 0.95  # share of the contraction margin the certified block may use, in (0, 1)
     injection: Injection = "zoh"  # how the prelude enters each loop
     halting: Halting = "residual"  # rule by which a sample stops looping where no depth is asked for
@@ -204,6 +208,7 @@ class PlannerConfig(Section):
     consistency_weight: NonNegative = 1.0  # weight of the latent consistency loss, no unit
     reward_weight: NonNegative = 0.2  # weight of the reward loss, no unit
     continuation_weight: NonNegative = 0.2  # weight of the continuation loss, no unit
+    jacobian_weight: NonNegative = 0.1  # weight of the penalty on the loop's Jacobian in mode soft, no unit
     policy_penalty: NonNegative = 4e-4  # weight of the squared pre-activations of the policy, no unit
     smooth_std: NonNegative = 0.2  # spread of the noise on target actions, action units (discrete: probability)
     smooth_clip: NonNegative = 0.3  # largest noise on target actions, action units

@@ -647,7 +647,7 @@ def test_two_agents_of_one_seed_are_equal_and_of_two_are_not(discrete):
     assert changed(runs[0][1], runs[2][1]) == runs[0][1].keys()
 
 
-@pytest.mark.parametrize("name", ["looped", "single_pass", "stacked", "wide"])
+@pytest.mark.parametrize("name", ["looped", "single_pass", "stacked", "wide", "deep_thin"])
 def test_every_dynamics_trains_acts_and_is_looked_at(name):
     agent, replay = make(dynamics={"name": name}), filled_replay()
     agent.update(replay)
@@ -669,6 +669,8 @@ def test_every_dynamics_trains_acts_and_is_looked_at(name):
         {"halting": "certified", "solver": "anderson"},
         {"gradient": "implicit", "halt_tolerance": 1e-3},
         {"depth_sampler": "lognormal_poisson"},
+        {"mode": "soft"},
+        {"block_layers": 2, "order": "aabb", "coda_layers": 2, "max_loops": 4},
     ],
     ids=lambda settings: next(iter(settings)),
 )
@@ -685,11 +687,13 @@ def test_settings_of_the_loop_reach_it_and_train(settings):
     check_actions(agent.act(observations()), False)
 
 
-def test_an_earlier_loop_is_trained_where_it_has_a_weight():
+@pytest.mark.parametrize("mode", ["certified", "soft"])
+def test_an_earlier_loop_is_trained_where_it_has_a_weight(mode):
     ends = []
     for weight in (0.0, 1.0):
-        agent = make(early_weight=weight)
+        agent = make(early_weight=weight, dynamics={"mode": mode})
         metrics = agent.update(filled_replay())
+        assert ("loss/jacobian" in metrics) == (mode == "soft")
         assert ("loss/early_consistency" in metrics) == (weight > 0)
         ends.append(weights(agent))
     assert "model" in changed(*ends)

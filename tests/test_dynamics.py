@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from loopwm.dynamics import (
     DYNAMICS,
+    Architecture,
     CertifiedHalting,
+    DeepThinDynamics,
     DepthSchedule,
     Dynamics,
     FixedHalting,
@@ -279,7 +281,7 @@ def test_linear_mode_certifies_nothing():
 
 @pytest.mark.parametrize(
     "change",
-    [{"mode": "soft"}, {"injection": "heun"}, {"activation": "gelu"}, {"gamma": 1.0}, {"gamma": 0.0}],
+    [{"mode": "stiff"}, {"injection": "heun"}, {"activation": "gelu"}, {"gamma": 1.0}, {"gamma": 0.0}],
     ids=str,
 )
 def test_unknown_choices_are_refused(change):
@@ -618,7 +620,8 @@ def test_every_dynamics_has_the_same_interface(name, mode):
     z, action = inputs(5)
     for depth in (None, 4, torch.tensor([1, 2, 3, 4, 5]), dynamics.sample_depth(5, generator())):
         out = dynamics(z, action, depth)
-        assert out.z_next.shape == (5, Z) and out.h.shape == (5, dynamics.state_dim) == (5, D)
+        assert out.z_next.shape == (5, Z) and out.h.shape == (5, dynamics.state_dim)
+        assert dynamics.state_dim < D if name == "deep_thin" else dynamics.state_dim == D
         assert out.loops.shape == out.residual.shape == (5,)
         assert out.loops.dtype == torch.int64 and int(out.loops.min()) >= 1
     assert isinstance(dynamics.lipschitz_bound(), float)
@@ -652,17 +655,62 @@ def test_stacked_has_one_block_per_loop():
     assert len({id(p) for p in stacked.parameters()}) == len(list(stacked.parameters()))
 
 
+LATENTS = {"mlp": (4, 64), "conv": (2, 64, 6, 6), "transformer": (2, 16, 64)}
+
+
 @pytest.mark.parametrize("make", [StackedDynamics, WideDynamics])
 @pytest.mark.parametrize("loops", [2, 4, 8])
-def test_controls_spend_about_the_loops_flops(make, loops):
+@pytest.mark.parametrize("block_layers", [1, 2])
+@pytest.mark.parametrize("block", LATENTS)
+def test_controls_spend_about_the_loops_flops(make, loops, block_layers, block):
     """Their width allows for the injections, which cost mean_loops times what the loop pays once."""
 
-    def flops(dynamics: nn.Module) -> int:
+    def flops(make: type[nn.Module]) -> int:
+        dynamics = make(64, 6, 64, loops, loops, mode="linear", block=block, block_layers=block_layers)
         with FlopCounterMode(display=False) as counter:
-            dynamics(torch.randn(4, 64), torch.randn(4, 6), loops)
+            dynamics(torch.randn(LATENTS[block]), torch.randn(LATENTS[block][0], 6), loops)
         return counter.get_total_flops()
 
-    ratio = flops(make(64, 6, 64, loops, loops, mode="linear")) / flops(
-        LoopedDynamics(64, 6, 64, loops, loops, mode="linear")
-    )
-    assert 0.98 <= ratio <= 1.02, f"{ratio:.2f}"
+    ratio = flops(make) / flops(LoopedDynamics)
+    assert 0.97 <= ratio <= 1.03, f"{ratio:.3f}"
+
+
+@pytest.mark.parametrize("loops,width,block_layers", [(2, 64, 1), (4, 64, 2), (16, 96, 1), (4, 24, 1)])
+@pytest.mark.parametrize("block", LATENTS)
+def test_deep_thin_has_the_loops_parameters_in_more_and_thinner_cells(block, loops, width, block_layers):
+    kw = {"mode": "linear", "block": block, "block_layers": block_layers, "latent_norm": nn.LayerNorm(64)}
+    thin, loop = (make(64, 6, width, loops, loops, **kw) for make in (DeepThinDynamics, LoopedDynamics))
+    assert len(thin.cells) == loops * block_layers and thin.state_dim < width
+    assert 0.98 <= count(thin) / count(loop) <= 1.0, f"{count(thin) / count(loop):.3f}"
+
+
+def test_deep_thin_draws_the_same_numbers_whatever_it_counts():
+    """The sizes are found on modules that are never filled."""
+    torch.manual_seed(0)
+    thin, after = DeepThinDynamics(Z, A, D), torch.rand(())
+    torch.manual_seed(0)
+    parts, widths = DeepThinDynamics.plan(Architecture(Z, A, D), 4)
+    modules = [parts.make_prelude(), parts.make_start(), *map(parts.make_cell, widths), parts.make_coda()]
+    assert torch.equal(torch.rand(()), after)
+    assert [tuple(p.shape) for m in modules for p in m.parameters()] == [tuple(p.shape) for p in thin.parameters()]
+
+
+def test_deep_thin_with_too_many_cells_is_refused():
+    with pytest.raises(ValueError, match="1000 cells are too many"):
+        DeepThinDynamics(4, 2, 2, 1000, 1000)
+
+
+@pytest.mark.parametrize("name", DYNAMICS)
+def test_every_control_takes_every_word_of_the_loop_and_no_other(name):
+    words = {"halting": "residual", "patience": 2, "solver": "anderson", "gradient": "unrolled", "order": "aabb"}
+    dynamics = DYNAMICS[name](Z, A, D, 3, 6, block_layers=2, coda_layers=2, **words).double()
+    z, action = inputs(3)
+    out = dynamics(z, action, 2, h0=torch.ones(3, dynamics.state_dim, dtype=DOUBLE))
+    assert out.z_next.shape == (3, Z) and not torch.equal(out.h, dynamics(z, action, 2).h)
+    with pytest.raises(ValueError, match="h0 must have the state's shape"):
+        dynamics(z, action, h0=torch.ones(3, dynamics.state_dim + 1, dtype=DOUBLE))
+    with pytest.raises(TypeError, match="blok"):
+        DYNAMICS[name](Z, A, D, blok="mlp")
+    for change in ({"block": "mpl"}, {"order": "abba"}, {"block_layers": 0}, {"coda_layers": 0}, {"prelude_layers": 0}):
+        with pytest.raises(ValueError, match=str(next(iter(change.values())))):
+            DYNAMICS[name](Z, A, D, **change)

@@ -138,7 +138,7 @@ def test_rollout_is_repeated_step(name, depth):
     model, (obs, actions) = make(name), inputs()
     z = model.encode(obs)
     rollout = model.rollout(z, actions, depth)
-    assert rollout.z.shape == (H + 1, B, Z) and rollout.h.shape == (H, B, D)
+    assert rollout.z.shape == (H + 1, B, Z) and rollout.h.shape == (H, B, model.dynamics.state_dim)
     assert rollout.loops.shape == (H, B) and rollout.loops.dtype == torch.int64 and len(rollout.outputs) == H
     reward, continuation = model.predict(rollout.h)
     assert torch.equal(rollout.z[0], z)

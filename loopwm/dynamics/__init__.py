@@ -5,7 +5,8 @@ out = dynamics(z, action)            # adaptive depth
 out = dynamics(z, action, depth=16)  # exactly 16 loops
 out.early()                          # what an earlier loop would have predicted, for a loss on early exits
 
-Registries name the variants: ``DYNAMICS``, ``BLOCKS``, ``DEPTH_SAMPLERS``, ``HALTING``, ``SOLVERS``, ``GRADIENTS``.
+Registries name the variants: ``DYNAMICS``, ``BLOCKS``, ``ORDERS``, ``MODES``, ``DEPTH_SAMPLERS``, ``HALTING``,
+``SOLVERS``, ``GRADIENTS``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import nn
 
 from loopwm.dynamics.architecture import BLOCKS, Architecture
 from loopwm.dynamics.base import Dynamics, DynamicsOutput
-from loopwm.dynamics.controls import SinglePassDynamics, StackedDynamics, WideDynamics
+from loopwm.dynamics.cell import MODES
+from loopwm.dynamics.controls import DeepThinDynamics, SinglePassDynamics, StackedDynamics, WideDynamics
 from loopwm.dynamics.depth import DEPTH_SAMPLERS, DepthSchedule
 from loopwm.dynamics.gradients import GRADIENTS, ImplicitGradient, UnrolledGradient
 from loopwm.dynamics.halting import HALTING
@@ -27,6 +29,7 @@ from loopwm.dynamics.halting.steps import (
     ResidualHalting,
     SecondDifferenceHalting,
 )
+from loopwm.dynamics.layers import ORDERS
 from loopwm.dynamics.looped import LoopedDynamics
 from loopwm.dynamics.solvers import SOLVERS, AndersonSolver, PlainSolver
 
@@ -35,6 +38,7 @@ DYNAMICS: dict[str, type[nn.Module]] = {
     "single_pass": SinglePassDynamics,
     "stacked": StackedDynamics,
     "wide": WideDynamics,
+    "deep_thin": DeepThinDynamics,
 }
 
 __all__ = [
@@ -43,10 +47,13 @@ __all__ = [
     "DYNAMICS",
     "GRADIENTS",
     "HALTING",
+    "MODES",
+    "ORDERS",
     "SOLVERS",
     "AndersonSolver",
     "Architecture",
     "CertifiedHalting",
+    "DeepThinDynamics",
     "DepthSchedule",
     "DropForecast",
     "Dynamics",

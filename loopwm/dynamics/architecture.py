@@ -9,8 +9,10 @@ from torch import nn
 from loopwm.dynamics.base import Coda, Prelude
 from loopwm.dynamics.cell import Cell, LoopCell
 from loopwm.dynamics.conv import ConvCell
+from loopwm.dynamics.layers import ORDERS, RepeatedBlock
+from loopwm.dynamics.transformer import TransformerCell
 
-BLOCKS: dict[str, type[Cell]] = {"mlp": LoopCell, "conv": ConvCell}
+BLOCKS: dict[str, type[Cell]] = {"mlp": LoopCell, "conv": ConvCell, "transformer": TransformerCell}
 
 
 @dataclass(frozen=True)
@@ -20,13 +22,16 @@ class Architecture:
     Attributes:
         latent_dim: Z. action_dim: A. hidden_dim: D, width of h.
         block: a name in ``BLOCKS``: ``mlp`` for vectors z (B, Z), action (B, A), h (B, D); ``conv`` for grids
-        z (B, Z, S, S), action (B, A, S, S) or (B, A), h (B, D, S, S) of any size S.
+        z (B, Z, S, S), action (B, A, S, S) or (B, A), h (B, D, S, S) of any size S; ``transformer`` for tokens
+        z (B, G, Z), action (B, G, A) or (B, A), h (B, G, D) of any number G.
         block_dim: W, inner width of the block (default 2 D).
         prelude_layers: layers from (z, action) to the injected input. coda_layers: layers from h to the step of z.
+        block_layers: layers in the shared block, each a cell of its own. order: a name in ``ORDERS``, how loops go
+        through them.
         latent_norm: the module that normalises latents (the encoder's). The rest: see ``Cell``.
 
     Raises:
-        ValueError: unknown block, or a number of layers below one.
+        ValueError: unknown block or order, or a number of layers below one.
     """
 
     latent_dim: int
@@ -35,7 +40,9 @@ class Architecture:
     block: str = "mlp"
     block_dim: int | None = None
     prelude_layers: int = 1
+    block_layers: int = 1
     coda_layers: int = 1
+    order: str = "abab"
     mode: str = "certified"
     gamma: float = 0.95
     injection: str = "zoh"
@@ -43,9 +50,10 @@ class Architecture:
     latent_norm: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        if self.block not in BLOCKS:
-            raise ValueError(f"unknown block {self.block!r}; choose from {', '.join(BLOCKS)}")
-        for name in ("prelude_layers", "coda_layers"):
+        for value, known, what in ((self.block, BLOCKS, "block"), (self.order, ORDERS, "order")):
+            if value not in known:
+                raise ValueError(f"unknown {what} {value!r}; choose from {', '.join(known)}")
+        for name in ("prelude_layers", "block_layers", "coda_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -64,8 +72,14 @@ class Architecture:
     def make_start(self) -> nn.Module:
         return self.kind.start(self.latent_dim, self.hidden_dim)
 
+    def make_block(self) -> Cell | RepeatedBlock:
+        """The shared block."""
+        if self.block_layers == 1:
+            return self.make_cell(self.width)
+        return ORDERS[self.order](self.make_cell(self.width) for _ in range(self.block_layers))
+
     def make_cell(self, width: int) -> Cell:
-        """A cell of inner width ``width``."""
+        """One layer of inner width ``width``."""
         return self.kind(self.hidden_dim, width, self.mode, self.gamma, self.injection, self.activation)
 
     def make_coda(self) -> Coda:

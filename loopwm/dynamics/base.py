@@ -25,7 +25,7 @@ class DynamicsOutput:
             read, without gradient: training never pays for it.
     """
 
-    __slots__ = ("z_next", "h", "_loops", "_residual", "_at")
+    __slots__ = ("z_next", "h", "_loops", "_residual", "_at", "_penalty")
 
     def __init__(
         self,
@@ -34,9 +34,10 @@ class DynamicsOutput:
         loops: Callable[[], Tensor],
         residual: Callable[[], Tensor],
         at: Callable[[Tensor], DynamicsOutput] | None = None,
+        penalty: Callable[[torch.Generator | None], Tensor] | None = None,
     ):
         self.z_next, self.h = z_next, h
-        self._loops, self._residual, self._at = loops, residual, at
+        self._loops, self._residual, self._at, self._penalty = loops, residual, at, penalty
 
     @property
     def loops(self) -> Tensor:
@@ -60,6 +61,23 @@ class DynamicsOutput:
         if loops.shape != self.loops.shape or bool(((loops < 1) | (loops > self.loops)).any()):
             raise ValueError("loops must hold one number for each sample, from 1 to its own number of loops")
         return self._at(loops)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether there is a penalty on the Jacobian: in mode ``soft``."""
+        return self._penalty is not None
+
+    def jacobian_penalty(self, generator: torch.Generator | None = None) -> Tensor:
+        """(B,) mean squared singular value of dh'/dh at the last state, by one product with a random vector.
+
+        See ``loopwm.dynamics.penalty``. Costs one loop, its backward pass, and the backward pass of that.
+
+        Raises:
+            ValueError: in another mode than ``soft``.
+        """
+        if self._penalty is None:
+            raise ValueError("there is a penalty on the Jacobian in mode 'soft' alone")
+        return self._penalty(generator)
 
     def early(self, generator: torch.Generator | None = None) -> DynamicsOutput:
         """The prediction at one random earlier loop of each sample, for a loss that makes early exits usable.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,29 @@ from loopwm.dynamics.base import Coda, Prelude, make_start
 from loopwm.dynamics.spectral import UnitSpectralNorm
 
 
+class Loop(Protocol):
+    """A cell, or a block of several, with its weights and its input fixed: ``h = loop(h)`` for h (n, ...)."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether all loops may run as one autograd node (see ``unroll``)."""
+        ...
+
+    def __call__(self, h: Tensor) -> Tensor: ...
+
+    def first(self, rows: int) -> Loop: ...
+
+    def select(self, index: Tensor) -> Loop: ...
+
+
 class Mode(NamedTuple):
     """What keeps the block stable."""
 
-    constrained: bool  # its weights have norms of at most one, and it is scaled to leave the linear path its room
+    constrained: bool = False  # its weights have norms of at most one, and it is scaled to leave the linear path room
+    penalised: bool = False  # training is offered a penalty on its Jacobian
 
 
-MODES: dict[str, Mode] = {"certified": Mode(constrained=True), "linear": Mode(constrained=False)}
+MODES: dict[str, Mode] = {"certified": Mode(constrained=True), "linear": Mode(), "soft": Mode(penalised=True)}
 INJECTIONS = ("zoh", "euler", "additive")
 # Lipschitz constants of the activations; SiLU's exceeds one (max of its derivative, at x = 2.3994).
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
@@ -39,7 +55,8 @@ class Cell(nn.Module):
     A cell's block is Rbar(h, e) = g R(h, e). In mode ``certified`` the Lipschitz constant of R is at most that of its
     activation and g = gamma (1 - max Abar) / Lip(s), so one loop contracts by
     rho <= max Abar + gamma (1 - max Abar) < 1. In mode ``linear`` (as published in 2606.18208) only the linear path is
-    bounded: g = 1 and the weights are free.
+    bounded: g = 1 and the weights are free. Mode ``soft`` is the same cell, and predictions offer a penalty on the
+    Jacobian (``DynamicsOutput.jacobian_penalty``) for the loss to weigh.
 
     Args:
         hidden_dim: D, width of h. block_dim: inner width of the block. gamma: in (0, 1), share of the head-room that
@@ -53,6 +70,7 @@ class Cell(nn.Module):
     start: ClassVar[Callable] = make_start
     coda: ClassVar[Callable] = Coda
     flops: ClassVar[tuple[int, int]]  # of a loop and of the injection, paid once per prediction, in like units
+    width_multiple: ClassVar[int] = 1  # what block_dim must be a multiple of
 
     def __init__(
         self,
@@ -105,9 +123,13 @@ class Cell(nn.Module):
         """Everything that depends on the parameters alone."""
         raise NotImplementedError
 
-    def prepare(self, e: Tensor) -> PreparedLoop:
+    def prepare(self, e: Tensor) -> Loop:
         """Do everything that does not depend on h, once per prediction: e (B, ...)."""
         raise NotImplementedError
+
+    def stages(self, e: Tensor) -> list[Loop]:
+        """The loops to run one after the other: of a single layer, one."""
+        return [self.prepare(e)]
 
     def norms(self) -> list[Tensor]:
         """Operator norms (), float64, of the weights between h and R: their product times Lip(s) bounds that of R."""
@@ -172,7 +194,6 @@ class PreparedLoop:
 
     @property
     def fused(self) -> bool:
-        """Whether all loops may run as one autograd node (see ``unroll``)."""
         return self.activation is torch.relu
 
     def __init__(self, decay, constant, injected, read, write, activation):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -12,26 +13,36 @@ from torch import Tensor, nn
 
 from loopwm.dynamics.architecture import Architecture
 from loopwm.dynamics.base import Depth, DynamicsOutput, first_state, relative_step
-from loopwm.dynamics.cell import Cell
 from loopwm.dynamics.looped import LoopedDynamics
 
 LOOP_WORDS = {p.name for p in signature(LoopedDynamics).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
-def equal_flops_width(cell: type[Cell], block_dim: int, loops: int) -> int:
-    """Total inner width of unlooped cells that cost what ``loops`` loops of one ``cell`` of ``block_dim`` do.
+def equal_flops_width(parts: Architecture, loops: int) -> int:
+    """Total inner width of unlooped cells that cost what ``loops`` loops of the block do.
 
     The loop pays for the injection once, an unlooped cell always: with W1, W2 and U alike, 2 T + 1 against 3 T.
     """
-    looped, once = cell.flops
-    return max(1, round(block_dim * (looped * loops + once) / (looped + once)))
+    looped, once = parts.kind.flops
+    unit = parts.kind.width_multiple
+    return unit * max(1, round(parts.block_layers * parts.width * (looped * loops + once) / (looped + once) / unit))
+
+
+def split_width(total: int, cells: int, unit: int) -> list[int]:
+    """``total`` shared out over ``cells`` as evenly as multiples of ``unit`` allow."""
+    units = total // unit
+    return [unit * max(1, units // cells + (i < units % cells)) for i in range(cells)]
 
 
 class StackedDynamics(nn.Module):
-    """``mean_loops`` cells with weights of their own: the loop's FLOPs, unlooped (see ``equal_flops_width``).
+    """``mean_loops`` blocks with weights of their own: the loop's FLOPs, unlooped (see ``equal_flops_width``).
 
     Takes every argument of ``LoopedDynamics``, so that one word swaps them; how deep to loop and when to halt mean
     nothing here and are ignored, in ``forward`` too: an unlooped model has the depth it was built with.
+
+    Raises:
+        TypeError: an argument that neither ``LoopedDynamics`` nor ``Architecture`` knows.
+        ValueError: as ``Architecture`` and ``Cell``.
     """
 
     def __init__(
@@ -44,21 +55,19 @@ class StackedDynamics(nn.Module):
         **options: Any,
     ):
         super().__init__()
-        self.state_dim = hidden_dim
         words = {name: value for name, value in options.items() if name not in LOOP_WORDS}
-        parts = Architecture(latent_dim, action_dim, hidden_dim, **words)
+        parts, widths = self.plan(Architecture(latent_dim, action_dim, hidden_dim, **words), mean_loops)
+        self.state_dim = parts.hidden_dim
         self.prelude, self.start = parts.make_prelude(), parts.make_start()
-        self.cells = nn.ModuleList(
-            parts.make_cell(width) for width in self._widths(parts.kind, parts.width, mean_loops)
-        )
+        self.cells = nn.ModuleList(parts.make_cell(width) for width in widths)
         self.mean_loops = self.max_loops = len(self.cells)
         self.coda = parts.make_coda()
 
     @staticmethod
-    def _widths(cell: type[Cell], block_dim: int, loops: int) -> list[int]:
-        """Inner width of each cell."""
-        total = equal_flops_width(cell, block_dim, loops)
-        return [total // loops + (i < total % loops) for i in range(loops)]
+    def plan(parts: Architecture, loops: int) -> tuple[Architecture, list[int]]:
+        """What to build in place of ``loops`` loops of ``parts``: sizes, and the inner width of each cell."""
+        total = equal_flops_width(parts, loops)
+        return parts, split_width(total, loops * parts.block_layers, parts.kind.width_multiple)
 
     def forward(self, z: Tensor, action: Tensor, depth: Depth = None, h0: Tensor | None = None) -> DynamicsOutput:
         """Predict the next latent: z (B, Z), action (B, A) -> ``DynamicsOutput``; h0 as in ``LoopedDynamics``.
@@ -99,16 +108,54 @@ class StackedDynamics(nn.Module):
 
 
 class SinglePassDynamics(StackedDynamics):
-    """The loop's very cell, applied once: the same parameters, a fraction of the FLOPs."""
+    """The loop's very block, applied once: the same parameters, a fraction of the FLOPs."""
 
     @staticmethod
-    def _widths(cell: type[Cell], block_dim: int, loops: int) -> list[int]:
-        return [block_dim]
+    def plan(parts: Architecture, loops: int) -> tuple[Architecture, list[int]]:
+        return parts, [parts.width] * parts.block_layers
 
 
 class WideDynamics(StackedDynamics):
-    """One wide block, applied once: the loop's FLOPs spent on width."""
+    """One wide layer, applied once: the loop's FLOPs spent on width."""
 
     @staticmethod
-    def _widths(cell: type[Cell], block_dim: int, loops: int) -> list[int]:
-        return [equal_flops_width(cell, block_dim, loops)]
+    def plan(parts: Architecture, loops: int) -> tuple[Architecture, list[int]]:
+        return parts, [equal_flops_width(parts, loops)]
+
+
+class DeepThinDynamics(StackedDynamics):
+    """As many cells as ``stacked``, so much thinner, in h and inside, that all have the loop's parameters together.
+
+    Beside ``single_pass``, which has them in one block, it says what depth is worth at equal parameters (MobileLLM,
+    2402.14905, finds deep and thin the better), beside the loop what sharing is. ``state_dim`` is the thinner D.
+
+    Raises:
+        ValueError: more cells than the loop's parameters suffice for.
+    """
+
+    @staticmethod
+    def plan(parts: Architecture, loops: int) -> tuple[Architecture, list[int]]:
+        cells, unit = loops * parts.block_layers, parts.kind.width_multiple
+        budget = parameter_count(parts, [parts.width] * parts.block_layers)
+        for hidden in range(parts.hidden_dim, 0, -1):
+            thin = replace(parts, hidden_dim=hidden)
+            width = unit * max(1, round(parts.width * hidden / parts.hidden_dim / unit))
+            spent = parameter_count(thin, [width] * cells)
+            if spent <= budget:
+                # What whole numbers leave of the budget goes into the width inside, where steps are small.
+                step = parameter_count(thin, [width] * (cells - 1) + [width + unit]) - spent
+                return thin, split_width(cells * width + (budget - spent) // step * unit, cells, unit)
+        raise ValueError(f"{cells} cells are too many for the {budget} parameters of the loop")
+
+
+def parameter_count(parts: Architecture, widths: list[int]) -> int:
+    """Parameters of prelude, start, coda and cells of these inner widths, without the encoder's norm."""
+    parts = replace(parts, latent_norm=None, mode="linear")  # no mode has parameters of its own
+    with torch.device("meta"):
+        ends = (parts.make_prelude(), parts.make_start(), parts.make_coda())
+        sizes = {width: _count(parts.make_cell(width)) for width in set(widths)}
+    return sum(map(_count, ends)) + sum(sizes[width] for width in widths)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

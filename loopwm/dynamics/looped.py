@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from loopwm.dynamics.adaptive import LoopResult, loop_adaptive
 from loopwm.dynamics.architecture import Architecture
 from loopwm.dynamics.base import Depth, DynamicsOutput, first_state, relative_step, sample_norm
-from loopwm.dynamics.cell import PreparedLoop
+from loopwm.dynamics.cell import MODES, Loop
 from loopwm.dynamics.depth import DepthSchedule, check_sampler, sample_depths
 from loopwm.dynamics.gradients import GRADIENTS
 from loopwm.dynamics.halting import HaltingRule, make_halting
+from loopwm.dynamics.penalty import jacobian_penalty
 from loopwm.dynamics.solvers import SOLVERS
 from loopwm.dynamics.unroll import unroll, unroll_plain
 
@@ -76,7 +78,7 @@ class LoopedDynamics(nn.Module):
         self.depth_sampler = depth_sampler
         parts = Architecture(latent_dim, action_dim, hidden_dim, **architecture)
         self.prelude, self.start = parts.make_prelude(), parts.make_start()
-        self.cell, self.coda = parts.make_cell(parts.width), parts.make_coda()
+        self.cell, self.coda = parts.make_block(), parts.make_coda()
         self._bound: tuple[list[Tensor], float] | None = None
         self.solver, self.gradient = SOLVERS[solver](), GRADIENTS[gradient]()
         self.gradient.check(self)
@@ -92,20 +94,37 @@ class LoopedDynamics(nn.Module):
         Raises:
             ValueError: depth < 1, a depth tensor whose length is not B, or h0 of another shape than the state.
         """
-        loop = self.cell.prepare(self.prelude(z, action))
-        result = self.gradient(self, loop, first_state(self.start, z, h0), depth)
-        return self._output(z, *result)
+        h, results = first_state(self.start, z, h0), []
+        stages = self.cell.stages(self.prelude(z, action))
+        for loop in stages:
+            results.append(self.gradient(self, loop, h, depth))
+            h = results[-1].h
+        return self._output(z, _joined(results), self._penalty(stages, results))
 
-    def _output(self, z: Tensor, h: Tensor, previous, loops, at) -> DynamicsOutput:
+    def _output(self, z: Tensor, result: LoopResult, penalty: Callable | None = None) -> DynamicsOutput:
+        h, previous, loops, at = result
+
         def earlier(count: Tensor) -> DynamicsOutput:
             state, before = at(count)
-            return self._output(z, state, lambda: before, lambda: count, None)
+            return self._output(z, LoopResult(state, lambda: before, lambda: count))
 
-        return DynamicsOutput(
-            self.coda(z, h), h, loops, lambda: relative_step(h, previous()), None if at is None else earlier
-        )
+        def residual() -> Tensor:
+            return relative_step(h, previous())
 
-    def run_loops(self, loop: PreparedLoop, h: Tensor, depth: Depth) -> LoopResult:
+        return DynamicsOutput(self.coda(z, h), h, loops, residual, None if at is None else earlier, penalty)
+
+    def _penalty(self, stages: list[Loop], results: list[LoopResult]) -> Callable | None:
+        if not MODES[self.cell.mode].penalised:
+            return None
+        ends = [result.h for result in results]
+
+        def penalty(generator: torch.Generator | None) -> Tensor:
+            each = [jacobian_penalty(loop, h, generator) for loop, h in zip(stages, ends, strict=True)]
+            return torch.stack(each).mean(0)  # (B,)
+
+        return penalty
+
+    def run_loops(self, loop: Loop, h: Tensor, depth: Depth) -> LoopResult:
         """Apply a prepared loop to h (B, ...) as ``depth`` says; see ``forward``."""
         if depth is None:
             rule, solver = self.halting.begin(self, h), self.solver.begin()
@@ -119,7 +138,7 @@ class LoopedDynamics(nn.Module):
             raise ValueError(f"depth has {len(schedule)} entries for a batch of {h.shape[0]}")
         return self._loop_scheduled(loop, h, schedule)
 
-    def _loop_exact(self, loop: PreparedLoop, h: Tensor, depth: int) -> LoopResult:
+    def _loop_exact(self, loop: Loop, h: Tensor, depth: int) -> LoopResult:
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         batch, device = h.shape[0], h.device
@@ -137,7 +156,7 @@ class LoopedDynamics(nn.Module):
 
         return LoopResult(states[-1], lambda: states[-2], lambda: torch.full((batch,), depth, device=device), at)
 
-    def _loop_scheduled(self, loop: PreparedLoop, h: Tensor, schedule: DepthSchedule) -> LoopResult:
+    def _loop_scheduled(self, loop: Loop, h: Tensor, schedule: DepthSchedule) -> LoopResult:
         """Mixed depths, deepest samples first: each loop runs on a shrinking head of the batch."""
         device = h.device  # a schedule drawn on the CPU serves a model elsewhere
         order = None if schedule.order is None else schedule.order.to(device)
@@ -164,16 +183,20 @@ class LoopedDynamics(nn.Module):
     def trajectory(self, z: Tensor, action: Tensor, loops: int, h0: Tensor | None = None) -> Tensor:
         """Every state of ``loops`` plain loops from z (B, Z), action (B, A): (loops + 1, B, ...), the start first.
 
-        ``coda(z, states[1:])`` are the predictions after loops 1, 2, ...
+        ``coda(z, states[1:])`` are the predictions after loops 1, 2, ...; in order AABB the states are those of the
+        last layer, after ``loops`` of each before it.
 
         Raises:
             ValueError: loops < 1, or h0 of another shape than the state.
         """
         if loops < 1:
             raise ValueError(f"loops must be at least 1, got {loops}")
-        loop, states = self.cell.prepare(self.prelude(z, action)), [first_state(self.start, z, h0)]
-        for _ in range(loops):
-            states.append(loop(states[-1]))
+        h = first_state(self.start, z, h0)
+        for loop in self.cell.stages(self.prelude(z, action)):
+            states = [h]
+            for _ in range(loops):
+                states.append(loop(states[-1]))
+            h = states[-1]
         return torch.stack(states)
 
     def sample_depth(self, batch: int, generator: torch.Generator | None = None) -> Depth:
@@ -222,18 +245,30 @@ class LoopedDynamics(nn.Module):
 
         A lower bound on the true factor of one loop, so never above ``lipschitz_bound()`` when certified.
         """
-        loop, h = self.cell.prepare(self.prelude(z, action)), self.start(z)
-        step, worst = None, 0.0
-        for _ in range(loops or self.max_loops):
-            h_next = loop(h)
-            size = sample_norm(h_next - h)
-            if step is not None:
-                # Steps near float32 rounding say nothing about the map.
-                sound = step > 1e-4 * sample_norm(h).clamp_min(1e-3)
-                if sound.any():
-                    worst = max(worst, float((size[sound] / step[sound]).max()))
-            step, h = size, h_next
+        h, worst = self.start(z), 0.0
+        for loop in self.cell.stages(self.prelude(z, action)):
+            step = None
+            for _ in range(loops or self.max_loops):
+                h_next = loop(h)
+                size = sample_norm(h_next - h)
+                if step is not None:
+                    # Steps near float32 rounding say nothing about the map.
+                    sound = step > 1e-4 * sample_norm(h).clamp_min(1e-3)
+                    if sound.any():
+                        worst = max(worst, float((size[sound] / step[sound]).max()))
+                step, h = size, h_next
         return worst
+
+
+def _joined(results: list[LoopResult]) -> LoopResult:
+    """One result of loops run one after the other: the last one's, and the mean of their loops, rounded up."""
+    if len(results) == 1:
+        return results[0]
+
+    def loops() -> Tensor:
+        return -(-torch.stack([result.loops() for result in results]).sum(0) // len(results))  # (B,)
+
+    return results[-1]._replace(loops=loops)
 
 
 def _same(tensors: list[Tensor], others: list[Tensor]) -> bool:

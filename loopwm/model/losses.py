@@ -14,29 +14,40 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def world_model_losses(
-    model: WorldModel, rollout: Rollout, z_target: Tensor, reward: Tensor, terminated: Tensor, mask: Tensor
+    model: WorldModel,
+    rollout: Rollout,
+    z_target: Tensor,
+    reward: Tensor,
+    terminated: Tensor,
+    mask: Tensor,
+    generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Consistency, reward and continuation at every step of a rollout.
+    """Consistency, reward and continuation at every step of a rollout; in mode ``soft`` the Jacobian's penalty too.
 
     Args:
         rollout: H steps from the first encoded observation under the recorded actions.
         z_target: (H, B, Z) encodings of the observations that followed; no gradient passes through them.
         reward, terminated, mask: (H, B); mask is 1 while the sequence lies in its episode.
+        generator: of the penalty's random vectors.
 
     Returns:
         ``consistency`` squared latent error, mean over Z; ``reward`` two-hot cross-entropy; ``continuation`` binary
-        cross-entropy. Scalars ().
+        cross-entropy; ``jacobian``, in mode ``soft`` alone, see ``DynamicsOutput.jacobian_penalty``. Scalars ().
     """
     consistency = (rollout.z[1:] - z_target.detach()).square().mean(-1)  # (H, B)
     reward_loss = model.reward.code.loss(model.reward(rollout.h), reward)  # (H, B)
     continuation = torch.nn.functional.binary_cross_entropy_with_logits(
         model.continuation(rollout.h), 1.0 - terminated, reduction="none"
     )  # (H, B)
-    return {
+    losses = {
         "consistency": masked_mean(consistency, mask),
         "reward": masked_mean(reward_loss, mask),
         "continuation": masked_mean(continuation, mask),
     }
+    penalties = [out.jacobian_penalty(generator) for out in rollout.outputs if out.penalised]
+    if penalties:
+        losses["jacobian"] = masked_mean(torch.stack(penalties), mask)  # (H, B)
+    return losses
 
 
 def weighted_sum(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:

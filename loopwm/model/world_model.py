@@ -93,7 +93,7 @@ class WorldModel(nn.Module):
         """Imagine H steps of given actions: z (B, Z), actions (H, B, A) -> ``Rollout``.
 
         ``depth`` holds for every step; None lets each prediction choose its own. With ``warm_start`` every step but
-        the first starts its loop from the last state of the step before (looped dynamics alone; see its ``h0``).
+        the first starts from the last state of the step before (the ``h0`` of the dynamics).
         """
         zs, hs, outputs = [z], [], []
         for action in actions:
