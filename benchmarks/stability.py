@@ -161,11 +161,12 @@ def conclude(rows: list[dict], effort: Effort) -> tuple[dict, str]:
         )
         drift.append(f"{share['rollouts finite without the latent norm']:.0%} {mode}")
     lost = any(text.startswith(PUBLISHED) for text in failed)
+    beaten = "beaten" if held and lost else "not beaten" if PUBLISHED in {row["mode"] for row in rows} else "not run"
     return headline, (
         f"Over {len({row['seed'] for row in rows})} seed(s), trained and hostile weights, {effort.rollout} steps: "
         f"contracting and bounded throughout {', '.join(held) or 'no mode'}; not so {', '.join(failed) or 'none'}; "
-        f"the published mode is {'beaten' if held and lost else 'not beaten'}. No mode bounds z itself: rollouts "
-        f"finite without the latent norm {', '.join(drift)}."
+        f"the published mode is {beaten}. No mode bounds z itself: rollouts finite "
+        f"without the latent norm {', '.join(drift)}."
     )
 
 

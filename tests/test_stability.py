@@ -226,6 +226,7 @@ def test_the_verdict_follows_the_figures():
     assert "is beaten" in verdict(fine, wild)
     assert "is not beaten" in verdict(fine, row("linear", 0.8, 4.0))
     assert "is not beaten" in verdict(row("certified", 0.95, 0.9), wild), "its factor is above its bound"
+    assert "is not run" in verdict(fine)
     assert "1 false bounds" not in verdict(fine, wild) and stability.breaches(row("certified", 0.95, 0.9)) == ["factor"]
     assert stability.breaches(fine | {"radius": 0.5}) == ["radius"]
     assert stability.breaches(fine | {"depth": {"sound": False, "converged": True}}) == ["distance"]
