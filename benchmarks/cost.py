@@ -1,14 +1,21 @@
-"""What the default agent costs on one core: frames/s while learning, a planned action, parameters, replay memory."""
+"""What the loop costs a further time, and what the default agent costs on one core.
+
+python -m benchmarks.cost --of loop --figure docs/figures/cost.png    time and memory against loops, width and batch
+python -m benchmarks.cost --of agent    frames/s while learning, a planned action, parameters, replay memory
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks import loop_cost
 from benchmarks.harness import curve, median_seconds, parser, report, train
 
 CORE = 0
@@ -77,15 +84,8 @@ def spread(values: list[float], digits: int = 1) -> dict[str, float]:
     }
 
 
-def main(arguments: list[str]) -> None:
-    p = parser(__doc__)
-    p.add_argument("--seeds", type=int, default=5)
-    p.add_argument("--dynamics", nargs="+", default=["looped", "single_pass", "stacked", "wide"])
-    args = p.parse_args(arguments)
-    torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {CORE})
-    seeds = range(1 if args.quick else args.seeds)
+def agent_cost(args: argparse.Namespace, seeds: range) -> tuple[list[dict], dict, str]:
+    """(rows, headline, one sentence) of the default agent and, while learning, of its controls."""
     rows, headline = [], {}
     for dynamics in args.dynamics[:1] if args.quick else args.dynamics:
         rates = frames_per_second(args, seeds, dynamics)
@@ -100,9 +100,39 @@ def main(arguments: list[str]) -> None:
     replay, process = replay_memory()
     headline["replay of 1 M rows (24 + 6 numbers), MB"] = spread([replay])
     headline["its process at its peak, MB"] = spread([process])
-    rate = headline["frames/s learning, cartpole, looped"]["value"]
+    rate = headline[f"frames/s learning, cartpole, {args.dynamics[0]}"]["value"]
     verdict = f"The default agent learns at {rate:.0f} frames/s on one core (medians; lowest and highest in brackets)."
-    report("cost", args, seeds, rows, headline, verdict)
+    return rows, headline, verdict
+
+
+def main(arguments: list[str]) -> None:
+    p = parser(__doc__.splitlines()[0])
+    p.add_argument("--of", nargs="+", default=["loop", "agent"], choices=("loop", "agent"), help="what is measured")
+    p.add_argument("--seeds", type=int, default=5, help="of the agent")
+    p.add_argument("--dynamics", nargs="+", default=["looped", "single_pass", "stacked", "wide"], help="of the agent")
+    p.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="of the loop: cpu or cuda")
+    p.add_argument("--figure", type=Path, metavar="FILE", help="of the loop")
+    args = p.parse_args(arguments)
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {CORE})
+    seeds = range(1 if args.quick else args.seeds)
+    rows, headline, verdicts = [], {}, []
+    if "loop" in args.of:
+        effort = loop_cost.QUICK if args.quick else loop_cost.Effort()
+        rows, headline, verdict = loop_cost.measure(effort, args.device)
+        verdicts.append(f"On {device_name(args.device)}: {verdict}")
+        if args.figure:
+            loop_cost.draw(rows, args.figure)
+    if "agent" in args.of:
+        more_rows, more_headline, verdict = agent_cost(args, seeds)
+        rows, headline, verdicts = rows + more_rows, headline | more_headline, [*verdicts, verdict]
+    report("cost", args, seeds, rows, headline, " ".join(verdicts))
+
+
+def device_name(device: torch.device) -> str:
+    """What the loop was measured on."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "one CPU thread"
 
 
 if __name__ == "__main__":
