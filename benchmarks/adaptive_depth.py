@@ -1,8 +1,9 @@
-"""Loops and wall-clock that halting saves on the sandpile, and whether loops go where the world is difficult.
+"""Loops and wall-clock that halting saves, and whether loops go where the world is difficult.
 
-Reads the trained loops of ``benchmarks.depth_extrapolation``. Each rule's tolerance is the widest that costs at most
-one per cent of exactly right steps against the full depth, chosen on validation data. Its controls: random halting at
-the very same depths, and the smallest FIXED depth within the same one per cent.
+Reads the trained loops of ``benchmarks.depth_extrapolation``, in worlds that say how difficult a step is. Each rule's
+tolerance is the widest that costs at most one per cent more error than the full depth (of all answers where they are
+right or wrong, else of the error), chosen on validation data. Its controls: random halting at the very same depths, and
+the smallest FIXED depth within the same one per cent.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import spearmanr
+from torch import nn
 
-from benchmarks.depth_extrapolation import MODELS, choose_rates
 from benchmarks.harness import interval, parser, report
-from benchmarks.sandpile_lab import BINS, LOOPS, TEST, VALIDATION, GridModel, Steps, load, right, train_all, world_steps
+from benchmarks.lab import TEST, VALIDATION, Examples, Task, choose_rates, groups, load, predict_errors, train_all
+from benchmarks.tasks import TASKS, WITH_DIFFICULTY
 from loopwm.dynamics import HaltingRule, PatientHalting, PredictionHalting, RandomHalting, ResidualHalting
 
-FULL_DEPTH = 4 * LOOPS
-LOSS = 0.01  # of exactly right steps, what a rule or a smaller depth may cost
-TOLERANCES = tuple(float(x) for x in np.geomspace(10.0, 0.01, 19))
+FULL = 4  # the full depth over the trained mean
+LOSS = 0.01  # what a rule or a smaller depth may cost, see ``Task.within``
+LONGEST = 99
+TOLERANCES = tuple(float(x) for x in np.geomspace(10.0, 1e-4, 31))
 
 
-def rules(model: GridModel) -> dict[str, Callable[[float], HaltingRule]]:
-    """Name -> rule of a tolerance. ``prediction`` reads the step of the latent off every cell of the grid."""
+def rules(model: nn.Module) -> dict[str, Callable[[float], HaltingRule]]:
+    """Name -> rule of a tolerance. ``prediction`` reads the step of the latent, off every cell of a grid."""
 
     def step_of_latent(h):
         return model.dynamics.coda.step(h).flatten(1)
@@ -44,10 +47,10 @@ def rules(model: GridModel) -> dict[str, Callable[[float], HaltingRule]]:
     }
 
 
-def accuracy(model: GridModel, data: Steps, depth: int | None) -> tuple[float, np.ndarray]:
-    """(share exactly right, loops (n,)) at a depth, or by the model's rule."""
-    ok, loops = right(model, data, depth)
-    return float(ok.float().mean()), loops.numpy()
+def error_and_loops(task: Task, model: nn.Module, data: Examples, depth: int | None) -> tuple[float, np.ndarray]:
+    """(error, loops (n,)) at a depth, or by the model's rule."""
+    errors, loops = predict_errors(task, model, data, depth)
+    return task.pool(errors), loops.numpy()
 
 
 def paired_seconds(first: Callable[[], object], second: Callable[[], object], repeats: int) -> tuple[float, float]:
@@ -61,49 +64,55 @@ def paired_seconds(first: Callable[[], object], second: Callable[[], object], re
     return float(np.median(times[0])), float(np.median(times[1]))
 
 
-def measure(model: GridModel, name: str, rule: Callable, check: Steps, data: Steps, repeats: int) -> dict:
+def measure(
+    task: Task, model: nn.Module, name: str, rule: Callable, check: Examples, data: Examples, full: int, repeats: int
+) -> dict:
     """One rule on one model: its tolerance by validation, then everything on test data."""
-    dynamics, full_check = model.dynamics, accuracy(model, check, FULL_DEPTH)[0]
+    dynamics, full_check = model.dynamics, error_and_loops(task, model, check, full)[0]
     for tolerance in TOLERANCES:
         dynamics.halting = rule(tolerance)
-        if accuracy(model, check, None)[0] >= full_check - LOSS:
+        if task.within(error_and_loops(task, model, check, None)[0], full_check, LOSS):
             break
-    score, loops = accuracy(model, data, None)
+    error, loops = error_and_loops(task, model, data, None)
     seconds, full_seconds = paired_seconds(
-        lambda: right(model, data, None), lambda: right(model, data, FULL_DEPTH), repeats
+        lambda: predict_errors(task, model, data, None), lambda: predict_errors(task, model, data, full), repeats
     )
-    rank = float(spearmanr(loops, data.rounds.numpy()).statistic)
-    groups = ((f"{low}-{high}", (data.rounds >= low) & (data.rounds <= high)) for low, high in BINS)
-    by_rounds = {group: round(float(loops[rows.numpy()].mean()), 2) for group, rows in groups if rows.any()}
-    dynamics.halting = RandomHalting(right(model, data, None)[1])
+    rank = 0.0  # the same loops for every step
+    if loops.min() < loops.max():
+        rank = float(spearmanr(loops, data.difficulty.numpy()).statistic)
+    by_difficulty = {
+        k: round(float(loops[rows.numpy()].mean()), 2) for k, rows in groups(task, data.difficulty).items()
+    }
+    dynamics.halting = RandomHalting(predict_errors(task, model, data, None)[1])
     return {
         "rule": name,
         "tolerance": tolerance,
-        "right": round(score, 4),
-        "right_random": round(accuracy(model, data, None)[0], 4),
+        "error": round(error, 5),
+        "error_random": round(error_and_loops(task, model, data, None)[0], 5),
         "loops": round(float(loops.mean()), 2),
-        "loops_by_rounds": by_rounds,
-        "correlation": 0.0 if np.isnan(rank) else round(rank, 4),  # nan: the same loops for every step
+        "loops_by_difficulty": by_difficulty,
+        "correlation": round(rank, 4),
         "seconds": round(seconds, 4),
         "seconds_full": round(full_seconds, 4),
     }
 
 
-def fixed_depth(model: GridModel, check: Steps, data: Steps) -> dict:
+def fixed_depth(task: Task, model: nn.Module, check: Examples, data: Examples, full: int) -> dict:
     """The smallest fixed depth within the allowed loss on validation data."""
-    full = accuracy(model, check, FULL_DEPTH)[0]
-    depth = next(d for d in range(1, FULL_DEPTH + 1) if accuracy(model, check, d)[0] >= full - LOSS)
-    return {"rule": "smallest fixed depth", "right": round(accuracy(model, data, depth)[0], 4), "loops": float(depth)}
+    best = error_and_loops(task, model, check, full)[0]
+    depths = range(1, full + 1)
+    depth = next(d for d in depths if task.within(error_and_loops(task, model, check, d)[0], best, LOSS))
+    error = error_and_loops(task, model, data, depth)[0]
+    return {"rule": "smallest fixed depth", "error": round(error, 5), "loops": float(depth)}
 
 
-def draw(rows: list[dict], path: Path) -> None:
+def draw(task: Task, rows: list[dict], full: int, path: Path) -> None:
     """Loops by difficulty of each rule, mean over seeds."""
     figure, axes = plt.subplots(figsize=(6.4, 3.8), dpi=130)
-    groups = [f"{low}-{high}" for low, high in BINS]
-    for name in dict.fromkeys(row["rule"] for row in rows if "loops_by_rounds" in row):
-        y = np.array([[row["loops_by_rounds"][group] for group in groups] for row in rows if row["rule"] == name])
-        axes.plot(groups, y.mean(0), marker="o", ms=3, label=name)
-    axes.set(xlabel="toppling rounds of the step", ylabel=f"loops (full depth: {FULL_DEPTH})")
+    for name in dict.fromkeys(row["rule"] for row in rows if "loops_by_difficulty" in row):
+        mine = [row["loops_by_difficulty"] for row in rows if row["rule"] == name]
+        axes.plot(list(mine[0]), [np.mean([r[k] for r in mine]) for k in mine[0]], marker="o", ms=3, label=name)
+    axes.set(xlabel=f"{task.unit} of the step", ylabel=f"loops (full depth: {full})", title=task.name)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)
     figure.tight_layout()
@@ -114,53 +123,58 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     p = parser(__doc__.splitlines()[0])
+    p.add_argument("--task", choices=WITH_DIFFICULTY, default=WITH_DIFFICULTY[0])
     p.add_argument("--seeds", type=int, default=5)
-    p.add_argument("--steps", type=int, default=6000, help="optimiser steps of the loops, as in depth_extrapolation")
+    p.add_argument("--steps", type=int, help="optimiser steps of the loops (default: the task's)")
     p.add_argument("--figure", type=Path, metavar="FILE")
     args = p.parse_args(arguments)
-    seeds, steps = (range(1), 400) if args.quick else (range(args.seeds), args.steps)
-    folder, each = args.runs / "sandpile", 50 if args.quick else 400
-    recipes = {"looped": replace(MODELS["looped"], steps=steps)}
-    recipe = recipes["looped"] if args.quick else choose_rates(recipes, folder, args.jobs)["looped"]
-    train_all([replace(recipe, seed=seed) for seed in seeds], folder, args.jobs)
-    check, data, rows = world_steps(each // 2, 99, VALIDATION), world_steps(each, 99, TEST), []
+    task, folder = TASKS[args.task](args.runs), args.runs / args.task
+    seeds, each = (range(1), 50) if args.quick else (range(args.seeds), 400)
+    recipe = task.models["looped"]
+    if args.quick or args.steps:
+        recipe = replace(recipe, steps=args.steps or 400)
+    if not args.quick:
+        recipe = choose_rates(task, {"looped": recipe}, folder, args.jobs)["looped"]
+    train_all(task, [replace(recipe, seed=seed) for seed in seeds], folder, args.jobs)
+    full, rows = FULL * recipe.loops, []
+    check, data = task.examples(each // 2, LONGEST, VALIDATION), task.examples(each, LONGEST, TEST)
     for seed in seeds:
-        model = load(replace(recipe, seed=seed), folder)
-        model.dynamics.max_loops = FULL_DEPTH
-        shared = {"seed": seed, "right_full": round(accuracy(model, data, FULL_DEPTH)[0], 4)}
-        rows.append(shared | fixed_depth(model, check, data))
+        model = load(task, replace(recipe, seed=seed), folder)
+        model.dynamics.max_loops = full
+        shared = {"seed": seed, "error_full": round(error_and_loops(task, model, data, full)[0], 5)}
+        rows.append(shared | fixed_depth(task, model, check, data, full))
         for name, rule in rules(model).items():
-            rows.append(shared | measure(model, name, rule, check, data, 1 if args.quick else 5))
+            rows.append(shared | measure(task, model, name, rule, check, data, full, 1 if args.quick else 5))
             print(rows[-1], flush=True)
     if args.figure:
-        draw(rows, args.figure)
-    report("adaptive_depth", args, seeds, rows, *verdict(rows))
+        draw(task, rows, full, args.figure)
+    report("adaptive_depth", args, seeds, rows, *verdict(task, rows, full))
 
 
-def verdict(rows: list[dict]) -> tuple[dict, str]:
+def verdict(task: Task, rows: list[dict], full: int) -> tuple[dict, str]:
     """(headline, one sentence) of the rule with the fewest loops."""
     names = list(dict.fromkeys(row["rule"] for row in rows if "correlation" in row))
     of = {name: [row for row in rows if row["rule"] == name] for name in names}
     best = min(names, key=lambda name: np.mean([row["loops"] for row in of[name]]))
     figures = {
-        "loops, share of full": [row["loops"] / FULL_DEPTH for row in of[best]],
+        "loops, share of full": [row["loops"] / full for row in of[best]],
         "seconds, share of full": [row["seconds"] / row["seconds_full"] for row in of[best]],
-        "correlation with rounds": [row["correlation"] for row in of[best]],
-        "right": [row["right"] for row in of[best]],
-        "right at full depth": [row["right_full"] for row in of[best]],
-        "right, random halting": [row["right_random"] for row in of[best]],
+        f"correlation with {task.unit}": [row["correlation"] for row in of[best]],
+        "error": [row["error"] for row in of[best]],
+        "error at full depth": [row["error_full"] for row in of[best]],
+        "error, random halting": [row["error_random"] for row in of[best]],
         "loops, smallest fixed depth": [row["loops"] for row in rows if row["rule"] == "smallest fixed depth"],
     }
     headline = {f"{best}: {key}": interval(values) for key, values in figures.items()}
     mean = {key: float(np.mean(values)) for key, values in figures.items()}
     fixed = mean["loops, smallest fixed depth"]
-    beats = "fewer" if mean["loops, share of full"] * FULL_DEPTH < fixed else "no fewer"
+    beats = "fewer" if mean["loops, share of full"] * full < fixed else "no fewer"
     return headline, (
         f"Halting by {best} takes {mean['loops, share of full']:.0%} of the loops and "
-        f"{mean['seconds, share of full']:.0%} of the time of {FULL_DEPTH} loops at {mean['right']:.3f} right against "
-        f"{mean['right at full depth']:.3f} (random halting {mean['right, random halting']:.3f}), {beats} than the "
-        f"smallest fixed depth ({fixed:.0f}); loops follow the rounds with a rank correlation of "
-        f"{mean['correlation with rounds']:.2f}."
+        f"{mean['seconds, share of full']:.0%} of the time of {full} loops at an error of {mean['error']:.3f} against "
+        f"{mean['error at full depth']:.3f} (random halting {mean['error, random halting']:.3f}), {beats} than the "
+        f"smallest fixed depth ({fixed:.0f}); loops follow the {task.unit} with a rank correlation of "
+        f"{mean[f'correlation with {task.unit}']:.2f}."
     )
 
 

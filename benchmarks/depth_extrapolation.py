@@ -1,8 +1,8 @@
-"""Avalanches longer than any in training, at depths from a quarter to sixteen times the trained mean.
+"""Steps harder than any in training, at depths from a quarter to sixteen times the trained mean.
 
-Loop and controls learn one step of the sandpile from avalanches of at most 8 rounds (``benchmarks.sandpile_lab``); the
-score is the share of steps whose every cell is right, by rounds, on the trained 8 x 8 grid and on 12 x 12. The learning
-rate of each model is chosen on validation data of the trained difficulty.
+Loop and controls learn one step of a world up to some difficulty (``benchmarks.lab``), and are tested far beyond it;
+on the sandpile also on a larger grid. On DMC tasks they learn five steps open loop, and what is beyond is longer
+rollouts. The learning rate of each model is chosen on validation data of the trained difficulty.
 """
 
 from __future__ import annotations
@@ -18,91 +18,61 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.harness import interval, parser, report
-from benchmarks.sandpile_lab import (
-    BINS,
-    LOOPS,
-    TEST,
-    TRAINED,
-    VALIDATION,
-    Recipe,
-    by_difficulty,
-    load,
-    right,
-    summary,
-    train_all,
-    world_steps,
-)
+from benchmarks.lab import TEST, Recipe, Task, choose_rates, load, predict_errors, summary, train_all
+from benchmarks.tasks import TASKS
 
-MODELS = {  # name in the tables: recipe
-    "looped": Recipe("looped", free_loops=24),
-    "stacked": Recipe("stacked"),
-    "wide": Recipe("wide"),
-    "single_pass": Recipe("single_pass"),
-    "looped, certified": Recipe("looped", "certified", 24),
-    "looped, from h0 only": Recipe("looped"),
-}
-CONTROLS = ("stacked", "wide", "single_pass")
-RATES = (1e-3, 2e-3, 4e-3)
-DEPTHS = (LOOPS // 4, LOOPS // 2, LOOPS, 2 * LOOPS, 4 * LOOPS, 16 * LOOPS)
-SIZES = (8, 12)
-BEYOND = [f"{low}-{high}" for low, high in BINS if low > TRAINED]
+FACTORS = (0.25, 0.5, 1, 2, 4, 16)  # depths over the trained mean
+LONGEST = 99  # no world of ours is as difficult
 
 
-def choose_rates(recipes: dict[str, Recipe], folder: Path, jobs: int) -> dict[str, Recipe]:
-    """Each recipe with the learning rate that is best on validation data after a quarter of its steps, seed 0."""
-    tries = {
-        name: [replace(r, steps=r.steps // 4, learning_rate=rate) for rate in RATES] for name, r in recipes.items()
-    }
-    train_all([recipe for row in tries.values() for recipe in row], folder, jobs)
-    data, chosen = world_steps(200, TRAINED, VALIDATION), {}
-    for name, row in tries.items():
-        score = [float(right(load(r, folder), data, 2 * LOOPS)[0].float().mean()) for r in row]
-        chosen[name] = replace(recipes[name], learning_rate=RATES[int(np.argmax(score))])
-        print(
-            f"{name:24s} " + "  ".join(f"{rate:g}: {s:.3f}" for rate, s in zip(RATES, score, strict=True)), flush=True
-        )
-    return chosen
+def depths_of(recipe: Recipe) -> list[int | None]:
+    """Those a model is tested at; a control has its own."""
+    return [int(recipe.loops * factor) for factor in FACTORS] if recipe.looped else [None]
 
 
-def evaluate(name: str, recipe: Recipe, folder: Path, each: int) -> list[dict]:
-    """One row a grid size and depth; a control has one depth, its own."""
-    model, rows = load(recipe, folder), []
-    looped = recipe.dynamics == "looped"
-    for size in SIZES:
-        data = world_steps(each, 99, TEST, size)
-        for depth in DEPTHS if looped else (None,):
-            score = by_difficulty(right(model, data, depth)[0], data.rounds)
-            rows.append({"model": name, "seed": recipe.seed, "size": size, "depth": depth, "right": score})
+def deep(recipe: Recipe) -> int | None:
+    """Four times the trained mean: what stands for a loop in the headline."""
+    return 4 * recipe.loops if recipe.looped else None
+
+
+def evaluate(task: Task, name: str, recipe: Recipe, folder: Path, each: int) -> list[dict]:
+    """One row a size of the world and depth."""
+    model, rows = load(task, recipe, folder), []
+    for size in task.sizes:
+        data = task.examples(each, LONGEST, TEST, size)
+        for depth in depths_of(recipe):
+            errors = predict_errors(task, model, data, depth)[0]
+            error = {group: round(e, 5) for group, e in task.breakdown(errors, data.difficulty).items()}
+            rows.append({"model": name, "seed": recipe.seed, "size": size, "depth": depth, "error": error})
     return [row | {k: v for k, v in summary(recipe, folder).items() if k not in row} for row in rows]
 
 
-def mean_right(rows: list[dict], name: str, size: int, depth: int | None, group: str) -> list[float]:
+def mean_error(rows: list[dict], name: str, size: int, depth: int | None, group: str) -> list[float]:
     """Of every seed."""
-    return [r["right"][group] for r in rows if (r["model"], r["size"], r["depth"]) == (name, size, depth)]
+    return [r["error"][group] for r in rows if (r["model"], r["size"], r["depth"]) == (name, size, depth)]
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Score against difficulty at four times the trained depth, and against depth."""
+def draw(task: Task, rows: list[dict], path: Path) -> None:
+    """Error against difficulty at four times the trained depth, and against depth."""
     figure, (left, beside) = plt.subplots(1, 2, figsize=(10, 3.8), dpi=130)
-    groups = [f"{low}-{high}" for low, high in BINS]
-    for name, recipe in MODELS.items():
-        depth = 4 * LOOPS if recipe.dynamics == "looped" else None
-        scores = np.array([mean_right(rows, name, 8, depth, group) for group in groups])  # (bins, seeds)
-        if scores.size:
-            line = left.plot(groups, scores.mean(1), marker="o", ms=3, label=name)[0]
-            left.fill_between(groups, scores.min(1), scores.max(1), color=line.get_color(), alpha=0.15, linewidth=0)
-        if scores.size and recipe.dynamics == "looped":
-            for group, style in zip(("4-8", BEYOND[0]), ("--", "-"), strict=True):
-                y = [np.mean(mean_right(rows, name, 8, d, group)) for d in DEPTHS]
-                beside.plot(DEPTHS, y, style, color=line.get_color(), marker="o", ms=3, label=f"{name}: {group} rounds")
-    left.axvspan(2.5, len(groups) - 0.5, color="#eeeeee", zorder=0)
-    left.set(
-        xlabel="toppling rounds of the step (grey: longer than in training)", ylabel="share of steps exactly right"
-    )
-    beside.axvline(LOOPS, color="#bbbbbb", linewidth=0.8)
-    beside.set(xscale="log", xlabel="loops (line: the controls' depth)", ylim=(-0.03, 1.03))
-    beside.set_xticks(DEPTHS, [str(d) for d in DEPTHS])
+    size, found = task.sizes[0], list(rows[0]["error"])
+    for name, recipe in task.models.items():
+        scores = np.array([mean_error(rows, name, size, deep(recipe), group) for group in found])  # (groups, seeds)
+        line = left.plot(found, scores.mean(1), marker="o", ms=3, label=name)[0]
+        left.fill_between(found, scores.min(1), scores.max(1), color=line.get_color(), alpha=0.15, linewidth=0)
+        if recipe.looped:
+            for group, style in zip((task.edge, task.beyond[0]), ("--", "-"), strict=True):
+                y = [np.mean(mean_error(rows, name, size, d, group)) for d in depths_of(recipe)]
+                label = f"{name}: {group} {task.unit}"
+                beside.plot(FACTORS, y, style, color=line.get_color(), marker="o", ms=3, label=label)
+    left.axvspan(found.index(task.edge) + 0.5, len(found) - 0.5, color="#eeeeee", zorder=0)
+    left.set(xlabel=f"{task.unit or 'open loop'} (grey: more than in training)", ylabel=task.error_name)
+    beside.axvline(1.0, color="#bbbbbb", linewidth=0.8)
+    beside.set(xscale="log", xlabel="loops over the controls' depth (line: equal)")
+    beside.set_xticks(FACTORS, [str(f) for f in FACTORS])
+    beside.minorticks_off()
     for axes in (left, beside):
+        axes.set_ylim((-0.03, 1.03) if task.exact else (0.0, min(axes.get_ylim()[1], 2.0)))
         axes.grid(alpha=0.25)
         axes.legend(fontsize=7, frameon=False)
     figure.tight_layout()
@@ -111,44 +81,49 @@ def draw(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def verdict(rows: list[dict]) -> tuple[dict, str]:
+def verdict(task: Task, rows: list[dict]) -> tuple[dict, str]:
     """(headline, one sentence), computed from the rows."""
-    headline, means = {}, {}
-    for name, recipe in MODELS.items():
-        depth = 4 * LOOPS if recipe.dynamics == "looped" else None
-        for group in ("4-8", *BEYOND):
-            headline[f"{name}: {group} rounds"] = interval(mean_right(rows, name, 8, depth, group))
-            means[name, group] = headline[f"{name}: {group} rounds"]["value"]
-    group = BEYOND[0]
-    best = max(CONTROLS, key=lambda name: means[name, group])
-    word = "beats" if means["looped", group] > means[best, group] else "does not beat"
-    deep, shallow = (np.mean(mean_right(rows, "looped", 8, d, group)) for d in (16 * LOOPS, LOOPS))
-    keeps = "keeps" if deep >= shallow - 0.01 else "loses"
+    headline, means, size = {}, {}, task.sizes[0]
+    for name, recipe in task.models.items():
+        for group in (task.edge, *task.beyond):
+            headline[f"{name}: error, {group} {task.unit}"] = interval(
+                mean_error(rows, name, size, deep(recipe), group)
+            )
+            means[name, group] = float(np.mean(mean_error(rows, name, size, deep(recipe), group)))
+    group = task.beyond[0]
+    best = min((n for n, recipe in task.models.items() if not recipe.looped), key=lambda name: means[name, group])
+    word = "beats" if means["looped", group] < means[best, group] else "does not beat"
+    all_depths = depths_of(task.models["looped"])
+    furthest, own = (np.mean(mean_error(rows, "looped", size, all_depths[i], group)) for i in (-1, FACTORS.index(1)))
+    keeps = "keeps" if task.within(furthest, own, 0.01) else "loses"
+    others = ", ".join(f"{n} {means[n, group]:.2f}" for n, r in task.models.items() if r.looped and n != "looped")
     return headline, (
-        f"Trained on up to {TRAINED} rounds, the loop {word} every control on {group} rounds "
-        f"({means['looped', group]:.2f} against {means[best, group]:.2f} of {best}) and {keeps} its answers at sixteen "
-        f"times the depth ({deep:.2f} against {shallow:.2f}); certified to contract it gets "
-        f"{means['looped, certified', group]:.2f}."
+        f"Trained on {task.edge} {task.unit} at most, the loop {word} every control on {group} (error "
+        f"{means['looped', group]:.2f} against {means[best, group]:.2f} of {best}) and {keeps} its answers at sixteen "
+        f"times the depth ({furthest:.2f} against {own:.2f}); other loops: {others}."
     )
 
 
 def main(arguments: list[str]) -> None:
     p = parser(__doc__.splitlines()[0])
+    p.add_argument("--task", choices=sorted(TASKS), default="sandpile")
     p.add_argument("--seeds", type=int, default=5)
-    p.add_argument("--steps", type=int, default=6000, help="optimiser steps of every model")
+    p.add_argument("--steps", type=int, help="optimiser steps of every model (default: the task's)")
     p.add_argument("--figure", type=Path, metavar="FILE")
     args = p.parse_args(arguments)
-    seeds, steps = (range(1), 400) if args.quick else (range(args.seeds), args.steps)
-    folder, each = args.runs / "sandpile", 100 if args.quick else 400
-    recipes = {name: replace(recipe, steps=steps) for name, recipe in MODELS.items()}
+    task, folder = TASKS[args.task](args.runs), args.runs / args.task
+    seeds, each = (range(1), 100) if args.quick else (range(args.seeds), 400)
+    recipes = dict(task.models)
+    if args.quick or args.steps:
+        recipes = {name: replace(r, steps=args.steps or 400) for name, r in recipes.items()}
     if not args.quick:
-        recipes = choose_rates(recipes, folder, args.jobs)
+        recipes = choose_rates(task, recipes, folder, args.jobs)
     plan = [(name, replace(recipe, seed=seed)) for seed in seeds for name, recipe in recipes.items()]
-    train_all([recipe for _, recipe in plan], folder, args.jobs)
-    rows = [row for name, recipe in plan for row in evaluate(name, recipe, folder, each)]
+    train_all(task, [recipe for _, recipe in plan], folder, args.jobs)
+    rows = [row for name, recipe in plan for row in evaluate(task, name, recipe, folder, each)]
     if args.figure:
-        draw(rows, args.figure)
-    report("depth_extrapolation", args, seeds, rows, *verdict(rows))
+        draw(task, rows, args.figure)
+    report("depth_extrapolation", args, seeds, rows, *verdict(task, rows))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How many parameters an unlooped model needs for the loop's error, on the sandpile.
+"""How many parameters an unlooped model needs for the loop's error.
 
-Loops of three widths, and a ladder of stacks in depth and width, learn one step of the sandpile of at most 8 rounds
-(``benchmarks.sandpile_lab``); ``wide`` and ``single_pass`` stand beside them. The error is the share of test steps of
-the trained difficulty with any cell wrong, the loop at as many loops as the largest stack has blocks (equal FLOPs). The
-ratio is the parameters of the smallest control of equal error, read off the controls' front (interpolated in
-logarithms), over the loop's; where no control reaches the loop it is a lower bound.
+Loops of several widths and a ladder of controls learn one step of a world, or five of a DMC task open loop
+(``benchmarks.lab``). The error is of test data of the trained difficulty (DMC: 1 to 50 steps ahead), the loop at the
+depth of the largest stack (equal FLOPs). The ratio is the parameters of the smallest control of equal error, read off
+the controls' front (interpolated in logarithms), over the loop's; where no control reaches the loop it is a lower
+bound.
 """
 
 from __future__ import annotations
@@ -20,17 +20,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.depth_extrapolation import MODELS, choose_rates
 from benchmarks.harness import interval, parser, report
-from benchmarks.sandpile_lab import LOOPS, TEST, TRAINED, Recipe, load, right, summary, train_all, world_steps
+from benchmarks.lab import TEST, Recipe, Task, choose_rates, load, predict_errors, summary, train_all
+from benchmarks.tasks import TASKS
 
-LADDER = {  # family: (hidden, loops) of each size
-    "looped": ((16, 16), (24, 16), (32, 16)),
-    "stacked": ((16, 4), (16, 8), (16, 16), (32, 4), (32, 8), (32, 16)),
-    "wide": ((32, 16),),
-    "single_pass": ((32, 16),),
-}
 FLOOR = 1e-4  # an error of none in the test set is no more than this
+COLORS = ("#1b6ca8", "#66a5d9", "#edae49", "#66a182", "#d1495b", "#7b6d8d")
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -59,81 +54,92 @@ def parameters_for(error: float, points: list[tuple[float, float]]) -> tuple[flo
     return math.exp(n0 + (n1 - n0) * (goal - e0) / (e1 - e0)), True
 
 
-def evaluate(recipe: Recipe, folder: Path, each: int) -> dict:
-    """Error of one trained model, the loop's at ``LOOPS`` loops."""
-    data = world_steps(each, TRAINED, TEST)
-    depth = LOOPS if recipe.dynamics == "looped" else None
-    error = 1.0 - float(right(load(recipe, folder), data, depth)[0].float().mean())
-    return summary(recipe, folder) | {"error": round(error, 5)}
+def evaluate(task: Task, name: str, recipe: Recipe, folder: Path, each: int) -> dict:
+    """Errors of one trained model, the loop's at ``recipe.loops`` loops."""
+    data = task.examples(each, task.trained, TEST)
+    errors, _ = predict_errors(task, load(task, recipe, folder), data, recipe.loops if recipe.looped else None)
+    found = {measure: round(error, 5) for measure, error in task.measures(errors, data.difficulty).items()}
+    return summary(recipe, folder) | {"model": name, "error": found}
 
 
-def means(rows: list[dict], family: str) -> list[tuple[float, float]]:
-    """(parameters, mean error over seeds) of each size of a family."""
-    sizes = dict.fromkeys(row["parameters"] for row in rows if row["dynamics"] == family)
-    of = {n: [r["error"] for r in rows if (r["dynamics"], r["parameters"]) == (family, n)] for n in sizes}
-    return [(n, float(np.mean(errors))) for n, errors in of.items()]
+def means(rows: list[dict], model: str, measure: str) -> list[tuple[float, float]]:
+    """(parameters, mean error over seeds) of each size of a model."""
+    mine = [row for row in rows if row["model"] == model]
+    sizes = {n: [r["error"][measure] for r in mine if r["parameters"] == n] for n in {r["parameters"] for r in mine}}
+    return [(n, float(np.mean(errors))) for n, errors in sorted(sizes.items())]
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Error against parameters: every seed a dot, the mean of each size joined along each family's front."""
-    figure, axes = plt.subplots(figsize=(6.4, 3.8), dpi=130)
-    for family, color in zip(LADDER, ("#1b6ca8", "#edae49", "#66a182", "#d1495b"), strict=True):
-        mine = [row for row in rows if row["dynamics"] == family]
-        axes.plot([r["parameters"] for r in mine], [max(r["error"], FLOOR) for r in mine], ".", color=color, alpha=0.5)
-        line = front(means(rows, family))
-        axes.plot(*zip(*((n, max(e, FLOOR)) for n, e in line), strict=True), "o-", color=color, ms=4, label=family)
-    axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="share of steps with a cell wrong")
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, frameon=False)
+def draw(task: Task, rows: list[dict], path: Path) -> None:
+    """Error against parameters: every seed a dot, the mean of each size joined along each model's front."""
+    measures = list(rows[0]["error"])
+    figure, panels = plt.subplots(1, len(measures), figsize=(1.8 + 4.2 * len(measures), 3.8), dpi=130, squeeze=False)
+    for axes, measure in zip(panels[0], measures, strict=True):
+        for model, color in zip(task.ladder, COLORS, strict=False):
+            mine = [(r["parameters"], max(r["error"][measure], FLOOR)) for r in rows if r["model"] == model]
+            axes.plot(*zip(*mine, strict=True), ".", color=color, alpha=0.5)
+            line = front(means(rows, model, measure))
+            axes.plot(*zip(*((n, max(e, FLOOR)) for n, e in line), strict=True), "o-", color=color, ms=4, label=model)
+        axes.set(xscale="log", yscale="log", xlabel="parameters", title=f"{task.name}: {measure}")
+        axes.grid(alpha=0.25)
+    panels[0][0].set_ylabel(task.error_name)
+    panels[0][0].legend(fontsize=8, frameon=False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
 
 
-def verdict(rows: list[dict]) -> tuple[dict, str]:
-    """(headline, one sentence), computed from the rows."""
-    controls = [point for family in LADDER if family != "looped" for point in means(rows, family)]
-    headline, found = {}, []
-    for n, error in sorted(means(rows, "looped")):
-        errors = [r["error"] for r in rows if (r["dynamics"], r["parameters"]) == ("looped", n)]
-        headline[f"error, looped, {n} parameters"] = interval(errors)
-        size, reached = parameters_for(error, controls)
-        found.append((size / n, reached, n, error))
-    ratio, reached, n, error = found[-1]  # the largest loop: the lowest error asked of the controls
-    sign = "" if reached else "at least "
-    ends = "" if reached else " (no control of the ladder reaches it)"
-    wins = "the loop needs fewer parameters" if ratio > 1 else "the loop needs more parameters"
-    return headline, (
-        f"At an error of {error:.4f} the smallest control has {sign}{ratio:.1f} times the {n} parameters of the "
-        f"loop{ends}: {wins}; the other sizes: "
-        + ", ".join(f"{'' if r[1] else '>= '}{r[0]:.1f}x at {r[2]}" for r in found if r[2] != n)
-        + "."
-    )
+def verdict(task: Task, rows: list[dict]) -> tuple[dict, str]:
+    """(headline, a sentence a measure), computed from the rows."""
+    headline, sentences = {}, []
+    for measure in rows[0]["error"]:
+        looped = [name for name, recipe in task.models.items() if recipe.looped and name in task.ladder]
+        controls = [p for name in task.ladder if name not in looped for p in means(rows, name, measure)]
+        found = []
+        for name in looped:
+            for n, error in means(rows, name, measure):
+                mine = [r["error"][measure] for r in rows if (r["model"], r["parameters"]) == (name, n)]
+                headline[f"{measure}: error, {name}, {n} parameters"] = interval(mine)
+                size, reached = parameters_for(error, controls)
+                found.append((error, size / n, reached, name, n))
+        error, ratio, reached, name, n = min(found)  # the lowest error asked of the controls
+        sign, ends = ("", "") if reached else ("at least ", " (no control of the ladder reaches it)")
+        wins = "the loop needs fewer parameters" if ratio > 1 else "the loop needs no fewer parameters"
+        others = ", ".join(
+            f"{'' if f[2] else '>= '}{f[1]:.1f}x of {f[4]} ({f[3]})" for f in found if f[3:] != (name, n)
+        )
+        sentences.append(
+            f"{measure}: at an error of {error:.4f} the smallest control has {sign}{ratio:.1f} times the {n} "
+            f"parameters of {name}{ends}: {wins}" + (f"; the others: {others}." if others else ".")
+        )
+    return headline, " ".join(sentences)
 
 
 def main(arguments: list[str]) -> None:
     p = parser(__doc__.splitlines()[0])
+    p.add_argument("--task", choices=sorted(TASKS), default="sandpile")
     p.add_argument("--seeds", type=int, default=5)
-    p.add_argument("--steps", type=int, default=6000, help="optimiser steps of every model")
+    p.add_argument("--steps", type=int, help="optimiser steps of every model (default: the task's)")
     p.add_argument("--figure", type=Path, metavar="FILE")
     args = p.parse_args(arguments)
-    seeds, steps = (range(1), 200) if args.quick else (range(args.seeds), args.steps)
-    folder, each = args.runs / "sandpile", 100 if args.quick else 1000
-    bases = {family: replace(MODELS[family], steps=steps) for family in LADDER}
+    task, folder = TASKS[args.task](args.runs), args.runs / args.task
+    seeds, each = (range(1), 100) if args.quick else (range(args.seeds), 1000)
+    bases = {name: task.models[name] for name in task.ladder}
+    if args.quick or args.steps:
+        bases = {name: replace(r, steps=args.steps or 200) for name, r in bases.items()}
     if not args.quick:
-        bases = choose_rates(bases, folder, args.jobs)
+        bases = choose_rates(task, bases, folder, args.jobs)
     plan = [
-        replace(bases[family], hidden=hidden, loops=loops, seed=seed)
+        (name, replace(bases[name], hidden=hidden, loops=loops, seed=seed))
         for seed in seeds
-        for family, sizes in LADDER.items()
+        for name, sizes in task.ladder.items()
         for hidden, loops in sizes
     ]
-    train_all(plan, folder, args.jobs)
-    rows = [evaluate(recipe, folder, each) for recipe in plan]
+    train_all(task, [recipe for _, recipe in plan], folder, args.jobs)
+    rows = [evaluate(task, name, recipe, folder, each) for name, recipe in plan]
     if args.figure:
-        draw(rows, args.figure)
-    report("parameter_efficiency", args, seeds, rows, *verdict(rows))
+        draw(task, rows, args.figure)
+    report("parameter_efficiency", args, seeds, rows, *verdict(task, rows))
 
 
 if __name__ == "__main__":

@@ -6,85 +6,202 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import adaptive_depth, depth_extrapolation, parameter_efficiency, sandpile_lab
-from benchmarks.sandpile_lab import GridModel, Recipe, by_difficulty, right, world_steps
+from benchmarks import adaptive_depth, depth_extrapolation, lab, parameter_efficiency, training_flops
+from benchmarks.grid_tasks import Permutation, Sandpile, avalanches, words
+from benchmarks.lab import Examples, Recipe, predict_errors
+from benchmarks.tasks import TASKS, WITH_DIFFICULTY
+from benchmarks.vector_tasks import Control, TimeWarp
+from envs.worlds.permutation import GENERATORS, PERMUTATIONS
 from envs.worlds.sandpile import topple
 from loopwm.dynamics import LoopedDynamics
 
 
-@pytest.fixture(autouse=True)
-def small_data(monkeypatch):
-    monkeypatch.setattr(depth_extrapolation, "SIZES", (8,))
+class SmallSandpile(Sandpile):
+    """With few examples, on the trained size alone."""
+
+    sizes = (8,)
+
+    def training_set(self) -> Examples:
+        return self.examples(6, self.trained, 5)
+
+    def examples(self, each, longest, seed, size=None) -> Examples:
+        return super().examples(min(each, 8), longest, seed, size)
 
 
-def test_steps_are_the_worlds_own_and_as_difficult_as_they_say():
-    steps = world_steps(6, 8, 5)
-    loaded = steps.pile.numpy() + steps.drop[:, 0].numpy().astype(np.int64)
-    after, rounds, _ = topple(loaded)
-    assert (after == steps.after.numpy()).all() and (rounds == steps.rounds.numpy()).all()
-    assert (steps.drop.flatten(1).sum(1) == 1).all()
-    assert [int(((rounds >= low) & (rounds <= high)).sum()) for low, high in sandpile_lab.BINS] == [6, 6, 6, 0, 0]
+def test_avalanches_are_the_worlds_own_and_as_difficult_as_they_say():
+    steps = avalanches(6, 8, 5, 8)
+    pile, drop = steps.inputs
+    after, rounds, _ = topple(pile.numpy() + drop[:, 0].numpy().astype(np.int64))
+    assert (after == steps.target.numpy()).all() and (rounds == steps.difficulty.numpy()).all()
+    assert (drop.flatten(1).sum(1) == 1).all()
+    counts = [int(rows.sum()) for rows in lab.groups(Sandpile(), steps.difficulty).values()]
+    assert counts == [6, 6, 6]
+
+
+def test_words_are_the_worlds_own_products():
+    """Read back from the row: the state's matrix, then one letter a cell, composed here by hand."""
+    steps = words(5, 16, 3)
+    row, end = steps.inputs
+    assert row.shape == (20, 29, 1, 17) and (end.sum((1, 2, 3)) == 1).all()
+    assert lab.groups(Permutation(), steps.difficulty).keys() == {"1-2", "3-4", "5-8", "9-16"}
+    for i, k in enumerate(steps.difficulty.tolist()):
+        product = row[i, :25, 0, 0].view(5, 5).argmax(1).numpy()
+        assert (row[i, :, 0, 1:].sum(0) == (torch.arange(16) < k)).all() and end[i, 0, 0, k] == 1
+        for letter in row[i, 25:, 0, 1 : k + 1].argmax(0).tolist():
+            product = product[GENERATORS[letter]]
+        assert (product == steps.target[i].numpy()).all()
+    assert len(PERMUTATIONS) == 120
+
+
+def test_the_answer_of_a_word_is_read_off_where_it_ends():
+    model, steps = Permutation().model(Recipe("stacked", hidden=4, loops=2)), words(4, 8, 3)
+    row, end = steps.inputs
+    logits, out = model(row, end)
+    cells = model.decoder(out.z_next)
+    i, k = 5, int(steps.difficulty[5])
+    torch.testing.assert_close(logits[i].mT.flatten(), cells[i, :, 0, k])  # (row i, class) as the matrix has them
 
 
 def test_score_by_difficulty():
-    ok = torch.tensor([True, True, False, True, False])
-    assert by_difficulty(ok, torch.tensor([0, 2, 3, 9, 40])) == {"0-0": 1.0, "1-3": 0.5, "9-16": 1.0, "17-99": 0.0}
+    wrong = torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0])
+    found = lab.by_difficulty(Sandpile(), wrong, torch.tensor([0, 2, 3, 9, 40]))
+    assert found == {"0": 0.0, "1-3": 0.5, "9-16": 0.0, "17-99": 1.0}
 
 
 def test_a_step_is_right_only_if_every_cell_is():
-    steps = world_steps(4, 8, 6)
+    steps = avalanches(4, 8, 6, 8)
 
     class Oracle(torch.nn.Module):
         dynamics = LoopedDynamics(2, 1, 2)
 
         def forward(self, pile, drop, depth):
-            logits = torch.nn.functional.one_hot(steps.after, 4).movedim(-1, 1).float()
+            logits = torch.nn.functional.one_hot(steps.target, 4).movedim(-1, 1).float()
             logits[0, :, 3, 3] = logits[0, :, 3, 3].roll(1)  # one cell of one step is wrong
             return logits, self.dynamics(torch.zeros(len(pile), 2), torch.zeros(len(pile), 1), 2)
 
-    assert right(Oracle(), steps, 2)[0].tolist() == [False] + [True] * (len(steps) - 1)
+    errors, loops = predict_errors(Sandpile(), Oracle(), steps, 2)
+    assert errors.tolist() == [1.0] + [0.0] * (len(steps) - 1) and (loops == 2).all()
+
+
+def test_longer_words_come_later():
+    difficulty = np.array([3, 1, 8, 2, 5, 1])
+    order = np.argsort(difficulty, kind="stable")
+    task, rng = Permutation(), np.random.default_rng(0)
+
+    def hardest(progress: float) -> int:
+        return int(difficulty[lab.rows_at(task, difficulty[order], order, progress, rng)].max())
+
+    assert [hardest(p) for p in (0.0, 0.12, 0.24, 0.4, 1.0)] == [1, 3, 5, 8, 8]
+
+
+def test_an_example_beyond_the_loops_drawn_does_not_count():
+    task, recipe = Permutation(), Recipe("looped", hidden=4, loops=4)
+    steps = words(20, 8, 1)
+    hard = steps.rows(steps.difficulty > 5)  # five quarters of four loops reach five letters
+    model = task.model(recipe)
+    assert all(task.loss(model, recipe, hard, np.random.default_rng(s)).item() == 0.0 for s in range(4))
+    assert task.loss(model, replace(recipe, layers=(1, 2, 1)), hard, np.random.default_rng(1)).item() > 0.0
 
 
 @pytest.mark.parametrize("name", ["looped", "stacked", "wide", "single_pass"])
-def test_a_run_is_kept_and_trained_once(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(sandpile_lab, "world_steps", lambda *_: world_steps(6, 8, 5))
-    recipe = Recipe(name, free_loops=4, steps=3)
-    path = sandpile_lab.train(recipe, tmp_path)
+def test_a_run_is_kept_and_trained_once(name, tmp_path):
+    task, recipe = SmallSandpile(), Recipe(name, free_loops=4, steps=3)
+    path = lab.train(task, recipe, tmp_path)
     written = path.stat().st_mtime_ns
-    assert sandpile_lab.train(recipe, tmp_path) == path and path.stat().st_mtime_ns == written
-    fresh, trained = GridModel(recipe).state_dict(), sandpile_lab.load(recipe, tmp_path).state_dict()
+    assert lab.train(task, recipe, tmp_path) == path and path.stat().st_mtime_ns == written
+    fresh, trained = task.model(recipe).state_dict(), lab.load(task, recipe, tmp_path).state_dict()
     assert any(not torch.equal(fresh[key], trained[key]) for key in fresh)
-    assert sandpile_lab.summary(recipe, tmp_path)["parameters"] == sum(
-        p.numel() for p in GridModel(recipe).parameters()
-    )
-    assert recipe.name != replace(recipe, seed=1).name
+    size = sum(p.numel() for p in task.model(recipe).parameters())
+    assert lab.summary(recipe, tmp_path)["parameters"] == size and "curve" not in lab.summary(recipe, tmp_path)
+    assert [step for step, _ in lab.learning_curve(recipe, tmp_path)] == [1, 2, 3]
+    assert len({recipe.name, replace(recipe, seed=1).name, replace(recipe, layers=(1, 2, 1)).name}) == 3
+
+
+class SmallTimeWarp(TimeWarp):
+    collected = {lab.TRAINING: 200, lab.VALIDATION: 60, lab.TEST: 120}
+
+
+class SmallControl(Control):
+    collected = {lab.TRAINING: 120, lab.VALIDATION: 40, lab.TEST: 120}
+
+
+def test_timewarp_trains_on_short_holds_and_shows_the_model_what_happened(tmp_path):
+    task = SmallTimeWarp(tmp_path, "cartpole-swingup")
+    train, test = task.training_set(), task.examples(50, 99, lab.TEST)
+    assert int(train.difficulty.max()) <= 8 < int(test.difficulty.max()) <= 16
+    obs, action = test.inputs
+    torch.testing.assert_close(action[:, 0, -1] * 8, test.difficulty.float())  # in units of the trained longest
+    raw, (mean, std) = task.steps(lab.TEST), task.scale
+    at = np.flatnonzero(np.abs(raw["obs"] - (obs[0] * std + mean).numpy()).max(-1) < 1e-4)
+    assert len(at) == 1  # the row of the data it came from
+    torch.testing.assert_close(test.target[0, 0] * std + mean, torch.from_numpy(raw["after"][at[0]]), atol=1e-4, rtol=0)
+    assert (tmp_path / task.name / f"data_{lab.TEST}.npz").exists()
+
+
+def test_windows_stay_inside_an_episode_and_follow_one_another(tmp_path):
+    task = SmallControl(tmp_path, "cartpole-swingup", policy=False)
+    data = task.steps(lab.TEST)
+    data["episode"][60:] = 1  # as if another had begun there
+    data["obs"][60] += 9.0
+    task.steps = lambda seed: data
+    found = task.examples(1000, 99, lab.TEST)
+    assert found.target.shape == (11 + 11, 50, 5) and task.examples(3, 0, lab.VALIDATION).target.shape == (3, 5, 5)
+    np.testing.assert_array_equal(data["after"][:59], data["obs"][1:60])
+    starts = task.standardised(data["obs"])
+    assert all((starts[list(range(11)) + list(range(60, 71))] == obs).all(-1).any() for obs in found.inputs[0])
+
+
+def test_open_loop_errors_are_in_standard_deviations():
+    task = Control.__new__(Control)
+    errors = task.errors(torch.zeros(2, 50, 3), torch.full((2, 50, 3), 2.0))
+    assert errors.shape == (2, 50)
+    assert task.breakdown(errors, None) == {"1 step": 2.0, "5 steps": 2.0, "20 steps": 2.0, "50 steps": 2.0}
+    errors[0, -1] = torch.nan
+    assert task.breakdown(errors, None)["50 steps"] > 1e100  # what left the numbers is not forgotten
+
+
+def test_every_task_is_named_as_it_names_itself(tmp_path):
+    assert all(make(tmp_path).name == name for name, make in TASKS.items())
+    assert set(WITH_DIFFICULTY) <= set(TASKS)
+    for make in TASKS.values():
+        task = make(tmp_path)
+        assert set(task.ladder) <= set(task.models) and task.beyond and task.edge not in task.beyond
 
 
 def made_up(looped: float, stacked: float, deep: float) -> list[dict]:
     rows = []
-    for name, recipe in depth_extrapolation.MODELS.items():
-        for depth in depth_extrapolation.DEPTHS if recipe.dynamics == "looped" else (None,):
-            score = deep if depth == depth_extrapolation.DEPTHS[-1] else looped
-            score = score if name == "looped" else stacked if name == "stacked" else 0.1
-            groups = {"4-8": 0.9, "9-16": score, "17-99": 0.0}
-            rows += [{"model": name, "seed": s, "size": 8, "depth": depth, "right": groups} for s in (0, 1)]
+    for name, recipe in Sandpile.models.items():
+        depths = depth_extrapolation.depths_of(recipe)
+        for depth in depths:
+            error = deep if recipe.looped and depth == depths[-1] else looped
+            error = error if name == "looped" else stacked if name == "stacked" else 0.9
+            groups = {"4-8": 0.1, "9-16": error, "17-99": 1.0}
+            rows += [{"model": name, "seed": s, "size": 8, "depth": depth, "error": groups} for s in (0, 1)]
     return rows
 
 
 def test_the_verdict_says_who_won_and_whether_the_answer_was_kept():
-    _, won = depth_extrapolation.verdict(made_up(0.6, 0.2, 0.6))
-    assert "beats every control on 9-16 rounds (0.60 against 0.20 of stacked) and keeps its answers" in won
-    _, lost = depth_extrapolation.verdict(made_up(0.2, 0.6, 0.1))
+    _, won = depth_extrapolation.verdict(Sandpile(), made_up(0.4, 0.8, 0.4))
+    assert "beats every control on 9-16 (error 0.40 against 0.80 of stacked) and keeps its answers" in won
+    _, lost = depth_extrapolation.verdict(Sandpile(), made_up(0.8, 0.4, 0.9))
     assert "does not beat every control" in lost and "loses its answers" in lost
 
 
 def test_halting_is_judged_at_the_widest_tolerance_within_the_loss():
     """On a model that is never right every tolerance is within the loss, so the widest is taken: one loop a step."""
-    model, data = GridModel(Recipe("looped")), world_steps(3, 8, 7)
+    task = Sandpile()
+    model, data = task.model(Recipe("looped")), avalanches(3, 8, 7, 8)
     model.dynamics.max_loops = 8
-    found = adaptive_depth.measure(model, "x", adaptive_depth.rules(model)["prediction"], data, data, 1)
+    rule = adaptive_depth.rules(model)["prediction"]
+    found = adaptive_depth.measure(task, model, "x", rule, data, data, 8, 1)
     assert found["tolerance"] == adaptive_depth.TOLERANCES[0] and found["loops"] == 1.0 and found["correlation"] == 0.0
-    assert adaptive_depth.fixed_depth(model, data, data)["loops"] == 1.0
+    assert adaptive_depth.fixed_depth(task, model, data, data, 8)["loops"] == 1.0
+
+
+def test_a_loss_of_one_per_cent_is_of_the_answers_or_of_the_distance(tmp_path):
+    exact, distance = Sandpile(), TimeWarp(tmp_path, "cartpole-swingup")
+    assert exact.within(0.305, 0.3, 0.01) and not exact.within(0.315, 0.3, 0.01)
+    assert distance.within(0.302, 0.3, 0.01) and not distance.within(0.305, 0.3, 0.01)
 
 
 def test_paired_seconds_take_turns():
@@ -105,8 +222,55 @@ def test_parameters_of_equal_error_are_read_off_the_controls_front():
 def test_the_ratio_says_when_no_control_reaches_the_loop_and_when_the_loop_loses():
     def rows(error: float) -> list[dict]:
         controls = [("stacked", 1000, 0.1), ("wide", 2000, 0.3), ("single_pass", 50, 0.9)]
-        return [{"dynamics": d, "parameters": n, "error": e} for d, n, e in [("looped", 500, error), *controls]]
+        points = [("looped", 500, error), *controls]
+        return [{"model": m, "parameters": n, "error": {"all": e}} for m, n, e in points]
 
-    won = parameter_efficiency.verdict(rows(0.01))[1]
+    won = parameter_efficiency.verdict(Sandpile(), rows(0.01))[1]
     assert "at least 2.0 times the 500 parameters" in won and "no control of the ladder reaches it" in won
-    assert "0.1 times the 500" in (lost := parameter_efficiency.verdict(rows(0.95))[1]) and "needs more" in lost
+    lost = parameter_efficiency.verdict(Sandpile(), rows(0.95))[1]
+    assert "0.1 times the 500" in lost and "needs no fewer" in lost
+
+
+def test_flops_of_an_update_are_those_of_the_layers():
+    """A single pass on vectors, by hand: three products a matrix (forward, to the weight, to the input)."""
+
+    class Line(Sandpile):
+        batch = 10
+
+        def model(self, recipe):
+            model = torch.nn.Linear(4, 3, bias=False)
+            model.dynamics = LoopedDynamics(2, 1, 2, mode="linear")  # no norms to count
+            return model
+
+        def loss(self, model, recipe, batch, rng):
+            return model(torch.ones(len(batch), 4, requires_grad=True)).sum()
+
+        def training_set(self):
+            return avalanches(6, 8, 5, 8)
+
+    assert training_flops.flops_of_update(Line(), Recipe("looped"), 2) == 3 * 2 * 10 * 4 * 3
+
+
+def test_the_speedup_is_told_only_where_the_goal_was_reached():
+    assert training_flops.steps_to(0.2, [(10, 0.5), (20, 0.2), (30, 0.1)]) == 20
+    assert training_flops.steps_to(0.05, [(10, 0.5)]) is None
+
+    def rows(*speeds: float | None) -> list[dict]:
+        names = ("stacked", "one layer looped", "a layer after the loop")
+        return [{"variant": n, "error": 0.1, "speedup": s} for n, s in zip(names, speeds, strict=True)]
+
+    _, text = training_flops.verdict(rows(1.0, 2.5, None))
+    assert "takes fewer training FLOPs: the control's are 2.50 times" in text
+    assert "not reached by a layer after the loop in 1 of 1" in text
+    assert "takes more training FLOPs" in training_flops.verdict(rows(1.0, 0.5, 0.4))[1]
+    assert training_flops.verdict(rows(1.0, None, None))[1].startswith("No loop has the final error")
+
+
+def test_halved_loops_have_the_layers_of_whole_ones():
+    plan = training_flops.variants(Permutation(), 10)
+    half, whole = plan["two layers looped, half the loops"], plan["one layer looped"]
+    assert half.loops * half.layers[1] == whole.loops * whole.layers[1]
+    task = SmallSandpile()
+    flops = {n: training_flops.flops_of_update(task, replace(plan[n], loops=plan[n].loops // 2), 8) for n in plan}
+    ratio = flops["two layers looped, half the loops"] / flops["one layer looped"]
+    assert 0.7 < ratio < 1.3  # depths are random

@@ -1,0 +1,189 @@
+"""Worlds on a grid for the laboratory: the sandpile, and the word problem of S5 with its word laid out in a row.
+
+The dynamics are convolutional: a loop carries what a cell knows to its neighbours, so what is far away, or comes
+late, takes many loops. A prediction is right only when every part of the answer is.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.lab import Examples, Recipe, Task
+from envs.worlds.permutation import GENERATORS, PERMUTATIONS, POINTS, compose
+from envs.worlds.sandpile import FULL, recurrent_piles, topple
+from loopwm.dynamics import DYNAMICS
+
+SIZE, MAX_LOOPS = 8, 32
+MODELS = {  # name in the tables: recipe
+    "looped": Recipe("looped", free_loops=24),
+    "stacked": Recipe("stacked"),
+    "wide": Recipe("wide"),
+    "single_pass": Recipe("single_pass"),
+    "looped, certified": Recipe("looped", "certified", 24),
+    "looped, from h0 only": Recipe("looped"),
+}
+LADDER = {
+    "looped": ((16, 16), (24, 16), (32, 16)),
+    "stacked": ((16, 4), (16, 8), (16, 16), (32, 4), (32, 8), (32, 16)),
+    "wide": ((32, 16),),
+    "single_pass": ((32, 16),),
+}
+
+
+class GridModel(nn.Module):
+    """Encoder, dynamics of a name, decoder; all but the block cell by cell."""
+
+    def __init__(self, recipe: Recipe, channels: int, classes: int, block_dim: int):
+        super().__init__()
+        width, layers = recipe.hidden, recipe.layers
+        self.encoder = nn.Conv2d(channels, width, 1)
+        self.dynamics = DYNAMICS[recipe.dynamics](
+            width,
+            1,
+            width,
+            recipe.loops,
+            MAX_LOOPS,
+            block="conv",
+            block_dim=block_dim,
+            mode=recipe.mode,
+            gamma=0.99,
+            prelude_layers=layers[0],
+            block_layers=layers[1],
+            coda_layers=layers[2],
+        )
+        self.decoder = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.ReLU(), nn.Conv2d(2 * width, classes, 1))
+
+
+class SandpileModel(GridModel):
+    """pile and drop -> logits of the stable pile."""
+
+    def __init__(self, recipe: Recipe):
+        super().__init__(recipe, FULL, FULL, recipe.hidden)
+
+    def forward(self, pile: Tensor, drop: Tensor, depth: int | None = None, h0: Tensor | None = None):
+        """pile (B, S, S) in 0..3, drop (B, 1, S, S) -> (logits (B, 4, S, S), ``DynamicsOutput``)."""
+        z = self.encoder(nn.functional.one_hot(pile, FULL).movedim(-1, 1).float())  # (B, D, S, S)
+        out = self.dynamics(z, drop, depth, h0)
+        return self.decoder(out.z_next), out
+
+
+class PermutationModel(GridModel):
+    """A state and a word, letter by letter in a row -> logits of the state's product with the word."""
+
+    def __init__(self, recipe: Recipe):
+        super().__init__(recipe, POINTS**2 + len(GENERATORS), POINTS**2, 2 * recipe.hidden)
+
+    def forward(self, row: Tensor, end: Tensor, depth: int | None = None, h0: Tensor | None = None):
+        """row (B, 29, 1, L + 1): the state's matrix, then L letters; end (B, 1, 1, L + 1) marks the last letter.
+
+        Returns (logits (B, 5, 5) of where each point goes, classes second, ``DynamicsOutput``).
+        """
+        out = self.dynamics(self.encoder(row), end, depth, h0)
+        logits = (self.decoder(out.z_next) * end).sum((2, 3))  # (B, 25), read off where the word ends
+        return logits.unflatten(-1, (POINTS, POINTS)).mT, out
+
+
+class GridTask(Task):
+    models, ladder = MODELS, LADDER
+    error_name = "share of steps with any part wrong"
+
+    def losses(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(prediction, target, reduction="none").flatten(1).mean(1)
+
+    def errors(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return (prediction.argmax(1) != target).flatten(1).any(1).float()
+
+
+class Sandpile(GridTask):
+    """A grain is dropped on a pile, which topples in rounds until it is stable: ``envs.worlds.sandpile``.
+
+    Trained on avalanches of at most 8 rounds on 8 x 8. One round needs one loop and a little more, since the rounds
+    are as many as the loops a topple can travel at the least.
+    """
+
+    name, unit, trained = "sandpile", "toppling rounds", 8
+    bins = ((0, 0), (1, 3), (4, 8), (9, 16), (17, 99))
+    sizes = (SIZE, 12)
+
+    def model(self, recipe: Recipe) -> SandpileModel:
+        return SandpileModel(recipe)
+
+    def loops_needed(self, difficulty: Tensor) -> Tensor:
+        return 1.25 * difficulty + 2
+
+    def examples(self, each: int, longest: int, seed: int, size: int | None = None) -> Examples:
+        return avalanches(each, longest, seed, size or SIZE)
+
+
+@cache
+def avalanches(each: int, longest: int, seed: int, size: int) -> Examples:
+    """``each`` steps of every bin up to ``longest`` rounds, from recurrent piles under random drops.
+
+    inputs: pile (n, S, S), drop (n, 1, S, S); target: the stable pile (n, S, S).
+    """
+    rng = np.random.default_rng(seed)
+    bins = [(low, min(high, longest)) for low, high in Sandpile.bins if low <= longest]
+    found: list[list[tuple[np.ndarray, ...]]] = [[] for _ in bins]
+    while any(sum(len(part[1]) for part in kept) < each for kept in found):
+        pile, cell = recurrent_piles(rng, 4096, size), rng.integers(0, size * size, 4096)
+        loaded = pile.copy()
+        loaded.reshape(len(pile), -1)[np.arange(len(pile)), cell] += 1
+        after, rounds, _ = topple(loaded)
+        for kept, (low, high) in zip(found, bins, strict=True):
+            room = each - sum(len(part[1]) for part in kept)
+            rows = np.flatnonzero((rounds >= low) & (rounds <= high))[:room]
+            kept.append((pile[rows], cell[rows], after[rows], rounds[rows]))
+    pile, cell, after, rounds = (
+        np.concatenate(column) for column in zip(*(part for kept in found for part in kept), strict=True)
+    )
+    drop = np.zeros((len(pile), 1, size * size), np.float32)
+    drop[np.arange(len(pile)), 0, cell] = 1.0
+    inputs = (torch.from_numpy(pile).long(), torch.from_numpy(drop).view(-1, 1, size, size))
+    return Examples(inputs, torch.from_numpy(after).long(), torch.from_numpy(rounds))
+
+
+class Permutation(GridTask):
+    """The product of a state and a word of k generators of S5, in order: ``envs.worlds.permutation``.
+
+    The state stands in the first cell of a row and the letters in the next ones, so one loop can carry a product on by
+    one letter. Trained on words of at most 8 letters, of which ever longer ones are shown over the first 40 % of the
+    steps, to the loop and to the controls alike: without that none of them starts to learn.
+    """
+
+    name, unit, trained = "permutation", "letters", 8
+    bins = ((1, 2), (3, 4), (5, 8), (9, 16), (17, 32))
+    curriculum = 0.4
+
+    def model(self, recipe: Recipe) -> PermutationModel:
+        return PermutationModel(recipe)
+
+    def loops_needed(self, difficulty: Tensor) -> Tensor:
+        return difficulty
+
+    def examples(self, each: int, longest: int, seed: int, size: int | None = None) -> Examples:
+        return words(each, min(longest, self.bins[-1][1]), seed)
+
+
+@cache
+def words(each: int, longest: int, seed: int) -> Examples:
+    """``each`` products for every length of word up to ``longest`` letters, in rows of ``longest`` + 1 cells.
+
+    inputs: row (n, 29, 1, L + 1), end (n, 1, 1, L + 1); target: where the points go (n, 5).
+    """
+    rng = np.random.default_rng(seed)
+    bins = [(low, min(high, longest)) for low, high in Permutation.bins if low <= longest]
+    k = np.concatenate([rng.integers(low, high + 1, each) for low, high in bins])
+    state, word = rng.integers(0, len(PERMUTATIONS), len(k)), rng.integers(0, len(GENERATORS), (len(k), longest))
+    row = np.zeros((len(k), POINTS**2 + len(GENERATORS), 1, longest + 1), np.float32)
+    row[:, : POINTS**2, 0, 0] = np.eye(POINTS)[PERMUTATIONS[state]].reshape(len(k), -1)
+    for letter in range(longest):
+        there = np.flatnonzero(letter < k)
+        row[there, POINTS**2 + word[there, letter], 0, letter + 1] = 1.0
+    end = np.zeros((len(k), 1, 1, longest + 1), np.float32)
+    end[np.arange(len(k)), 0, 0, k] = 1.0
+    target = PERMUTATIONS[compose(state, word, k)]
+    return Examples((torch.from_numpy(row), torch.from_numpy(end)), torch.from_numpy(target), torch.from_numpy(k))

@@ -1,0 +1,305 @@
+"""A supervised laboratory: one step of a world, or a few, learned by the loop and by its unlooped controls.
+
+A ``Task`` gives the data and says what an error is; a ``Recipe`` is one model and how it is trained. Every model of a
+task has the same data, optimiser, schedule and number of steps, and a learning rate that is chosen for it from the same
+three. Trained models are kept, so that the benchmarks that ask different things of one model share its training.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+TRAINING, VALIDATION, TEST = 1, 2, 3  # seeds of the data
+RATES = (1e-3, 2e-3, 4e-3)
+CHECKS = 24  # times that a training's error is measured on validation data
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One model and how it is trained; every run of a benchmark is one of these."""
+
+    dynamics: str  # a name in DYNAMICS
+    mode: str = "linear"  # stability mode of the cells
+    free_loops: int = 0  # most loops without gradient before those that are trained (looped alone)
+    learning_rate: float = 2e-3
+    steps: int = 6000
+    seed: int = 0
+    hidden: int = 32  # width of the latent, of h and of the block
+    loops: int = 16  # the controls' depth, or that of the loop whose FLOPs they have
+    layers: tuple[int, int, int] = (1, 1, 1)  # of the prelude, the block and the coda
+
+    @property
+    def name(self) -> str:
+        values = {k: v for k, v in asdict(self).items() if k != "layers"}.values()
+        parts = "" if self.layers == (1, 1, 1) else "_" + "".join(map(str, self.layers))
+        return "_".join(map(str, values)) + parts
+
+    @property
+    def looped(self) -> bool:
+        return self.dynamics == "looped"
+
+
+class Examples(NamedTuple):
+    """n steps of a world: what a model is given, what it should say, how difficult that is."""
+
+    inputs: tuple[Tensor, ...]  # each (n, ...)
+    target: Tensor  # (n, ...)
+    difficulty: Tensor  # (n,) int64
+
+    def rows(self, index: slice | Tensor) -> Examples:
+        return Examples(tuple(x[index] for x in self.inputs), self.target[index], self.difficulty[index])
+
+    def __len__(self) -> int:  # type: ignore[override]
+        return len(self.difficulty)
+
+
+class Task:
+    """A world to learn, in which the loop may be run at any depth and difficulty may go beyond the trained.
+
+    Attributes:
+        unit: of difficulty. trained: the largest in training. bins: (lowest, highest) of the groups to report.
+        models: recipes by their names in the tables. ladder: sizes (hidden, loops) of each family that
+        ``parameter_efficiency`` trains. sizes: of the worlds to test on, the trained one first.
+        curriculum: share of training over which the largest difficulty rises to the trained one; 0: at once.
+        error_name: what is reported, in words. exact: whether that is a share of answers, not a distance.
+    """
+
+    name: str
+    unit: ClassVar[str]
+    trained: ClassVar[int]
+    bins: ClassVar[tuple[tuple[int, int], ...]]
+    models: ClassVar[dict[str, Recipe]]
+    ladder: ClassVar[dict[str, tuple[tuple[int, int], ...]]]
+    sizes: ClassVar[tuple[int, ...]] = (0,)
+    curriculum: ClassVar[float] = 0.0
+    exact: ClassVar[bool] = True
+    error_name: ClassVar[str]
+    batch: ClassVar[int] = 64
+
+    def examples(self, each: int, longest: int, seed: int, size: int | None = None) -> Examples:
+        """``each`` examples of every bin of difficulties up to ``longest``."""
+        raise NotImplementedError
+
+    def model(self, recipe: Recipe) -> nn.Module:
+        """``model(*inputs, depth=, h0=)`` -> (prediction (B, ...), ``DynamicsOutput``), with ``model.dynamics``."""
+        raise NotImplementedError
+
+    def losses(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """(B,) what training lowers."""
+        raise NotImplementedError
+
+    def errors(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """(B,) what is reported."""
+        raise NotImplementedError
+
+    def pool(self, errors: Tensor) -> float:
+        """One figure of the errors (n,) of many examples."""
+        return float(errors.float().mean())
+
+    @property
+    def edge(self) -> str:
+        """The hardest group of ``breakdown`` in training."""
+        return [bin_name(low, high) for low, high in self.bins if low <= self.trained][-1]
+
+    @property
+    def beyond(self) -> list[str]:
+        """The groups of ``breakdown`` that are harder than any in training."""
+        return [bin_name(low, high) for low, high in self.bins if low > self.trained]
+
+    def breakdown(self, errors: Tensor, difficulty: Tensor) -> dict[str, float]:
+        """Errors (n, ...) of the test data by groups, from easy to hard."""
+        return by_difficulty(self, errors, difficulty)
+
+    def measures(self, errors: Tensor, difficulty: Tensor) -> dict[str, float]:
+        """The figures that stand for a model's errors (n, ...) on test data of the trained difficulty, by name."""
+        return {f"up to {self.trained} {self.unit}": self.pool(errors)}
+
+    def within(self, error: float, best: float, loss: float) -> bool:
+        """Whether ``error`` is at most ``loss`` more than ``best``: of all answers, or of the distance."""
+        return error <= (best + loss if self.exact else best * (1.0 + loss))
+
+    def loops_needed(self, difficulty: Tensor) -> Tensor:
+        """(B,) loops without which an example cannot be known, so that it does not count in training."""
+        return torch.zeros_like(difficulty)
+
+    def training_set(self) -> Examples:
+        return self.examples(30_000, self.trained, TRAINING)
+
+    def loss(self, model: nn.Module, recipe: Recipe, batch: Examples, rng: np.random.Generator) -> Tensor:
+        """Mean loss of a batch, the loop's at a random depth.
+
+        Half of the looped batches start at h0 and go through a quarter to five quarters of ``recipe.loops``; where there
+        are free loops the others first run up to that many without gradient and are trained from where these lead,
+        which teaches the loop to go on from its own states and to keep an answer it has (progressive training: Bansal
+        et al. 2022, arXiv 2202.05826, section 3.2).
+        """
+        depth, h0, weight = None, None, torch.ones(len(batch))
+        if recipe.looped:
+            quarter = recipe.loops // 4
+            free, depth = 0, int(rng.integers(quarter, 5 * quarter + 1))
+            if recipe.free_loops and rng.random() < 0.5:
+                free, depth = int(rng.integers(1, recipe.free_loops + 1)), int(rng.integers(quarter, 3 * quarter + 1))
+                with torch.no_grad():
+                    h0 = model(*batch.inputs, depth=free)[1].h
+            weight = (self.loops_needed(batch.difficulty) <= (free + depth) * recipe.layers[1]).float()
+        losses = self.losses(model(*batch.inputs, depth=depth, h0=h0)[0], batch.target)
+        return (losses * weight).sum() / weight.sum().clamp_min(1.0)
+
+
+@torch.no_grad()
+def predict_errors(
+    task: Task, model: nn.Module, data: Examples, depth: int | None, batch: int = 500
+) -> tuple[Tensor, Tensor]:
+    """(errors (n,), loops spent (n,)) of the predictions at ``depth``, or where the model's rule stops."""
+    errors, loops = [], []
+    with model.dynamics.frozen():
+        for at in range(0, len(data), batch):
+            part = data.rows(slice(at, at + batch))
+            prediction, out = model(*part.inputs, depth=depth)
+            errors.append(task.errors(prediction, part.target))
+            loops.append(out.loops)
+    return torch.cat(errors), torch.cat(loops)
+
+
+def bin_name(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def groups(task: Task, difficulty: Tensor) -> dict[str, Tensor]:
+    """Name -> (n,) bool of each bin that has examples."""
+    found = {bin_name(a, b): (difficulty >= a) & (difficulty <= b) for a, b in task.bins}
+    return {name: rows for name, rows in found.items() if rows.any()}
+
+
+def by_difficulty(task: Task, errors: Tensor, difficulty: Tensor) -> dict[str, float]:
+    """Error of each bin of difficulties."""
+    return {name: round(task.pool(errors[rows]), 4) for name, rows in groups(task, difficulty).items()}
+
+
+def rows_at(task: Task, limits: np.ndarray, order: np.ndarray, progress: float, rng: np.random.Generator) -> np.ndarray:
+    """Random rows (batch,) of the training set; ``limits`` are its sorted difficulties, ``order`` their rows."""
+    if not task.curriculum:
+        return rng.integers(0, len(order), task.batch)
+    share = min(1.0, progress / task.curriculum)
+    lowest = int(limits[0])
+    allowed = np.searchsorted(limits, lowest + int((task.trained - lowest) * share), side="right")
+    return order[rng.integers(0, allowed, task.batch)]
+
+
+def train(task: Task, recipe: Recipe, folder: Path) -> Path:
+    """Train one recipe on one thread and keep weights and summary; a finished run is kept."""
+    path = folder / f"{recipe.name}.pt"
+    if path.exists():
+        return path
+    torch.set_num_threads(1)
+    torch.manual_seed(recipe.seed)
+    rng, data, check = np.random.default_rng(recipe.seed), task.training_set(), validation_set(task)
+    order = np.argsort(data.difficulty.numpy(), kind="stable")
+    limits = data.difficulty.numpy()[order]
+    model = task.model(recipe)
+    optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate)
+    warm_up = 0.1 * recipe.steps
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, 0.5 * (1.0 + np.cos(np.pi * step / recipe.steps)))
+    )
+    start, losses, curve = time.perf_counter(), [], []
+    for step in range(recipe.steps):
+        rows = torch.from_numpy(rows_at(task, limits, order, step / recipe.steps, rng))
+        with model.dynamics.frozen():
+            loss = task.loss(model, recipe, data.rows(rows), rng)
+            optimizer.zero_grad()
+            loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        losses.append(float(loss.detach()))
+        if (step + 1) * CHECKS // recipe.steps > step * CHECKS // recipe.steps:
+            curve.append((step + 1, round(validation_error(task, model, recipe, check), 5)))
+    written = asdict(recipe) | {
+        "seconds": round(time.perf_counter() - start, 1),
+        "loss": round(float(np.mean(losses[-200:])), 5),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "curve": curve,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(written) + "\n", encoding="utf-8")
+    torch.save(model.state_dict(), path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+    print(f"{task.name} {recipe.name:48s} {written['seconds']:7.0f} s  loss {written['loss']:.4f}", flush=True)
+    return path
+
+
+def validation_set(task: Task, each: int = 200) -> Examples:
+    return task.examples(each, task.trained, VALIDATION)
+
+
+def validation_error(task: Task, model: nn.Module, recipe: Recipe, data: Examples) -> float:
+    """Error on examples of the trained difficulty, the loop's at twice the controls' depth."""
+    depth = 2 * recipe.loops if recipe.looped else None
+    return task.pool(predict_errors(task, model, data, depth)[0])
+
+
+def load(task: Task, recipe: Recipe, folder: Path) -> nn.Module:
+    """The trained model of a recipe, for evaluation."""
+    model = task.model(recipe)
+    model.load_state_dict(torch.load(folder / f"{recipe.name}.pt", weights_only=True))
+    return model.eval()
+
+
+def summary(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """What ``train`` wrote of a recipe, without its curve."""
+    written = json.loads((folder / f"{recipe.name}.json").read_text(encoding="utf-8"))
+    return {key: value for key, value in written.items() if key != "curve"}
+
+
+def learning_curve(recipe: Recipe, folder: Path) -> list[tuple[int, float]]:
+    """(optimiser steps, validation error), early to late."""
+    return [tuple(at) for at in json.loads((folder / f"{recipe.name}.json").read_text(encoding="utf-8"))["curve"]]
+
+
+def train_all(task: Task, recipes: list[Recipe], folder: Path, jobs: int) -> None:
+    """Train what is not there yet, ``jobs`` at a time, one thread each."""
+    missing = [recipe for recipe in dict.fromkeys(recipes) if not (folder / f"{recipe.name}.pt").exists()]
+    if not missing:
+        return
+    task.training_set()  # made and kept on disk once, where that takes long
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        for done in [pool.submit(train, task, recipe, folder) for recipe in missing]:
+            done.result()
+
+
+def choose_rates(task: Task, recipes: dict[str, Recipe], folder: Path, jobs: int) -> dict[str, Recipe]:
+    """Each recipe with the learning rate that is best on validation data after a quarter of its steps, seed 0."""
+    tries = {
+        name: [replace(r, steps=r.steps // 4, learning_rate=rate) for rate in RATES] for name, r in recipes.items()
+    }
+    train_all(task, [recipe for row in tries.values() for recipe in row], folder, jobs)
+    data, chosen = validation_set(task), {}
+    for name, row in tries.items():
+        errors = [validation_error(task, load(task, r, folder), r, data) for r in row]
+        chosen[name] = replace(recipes[name], learning_rate=RATES[int(np.argmin(errors))])
+        print(f"{name:24s} " + "  ".join(f"{r:g}: {e:.3f}" for r, e in zip(RATES, errors, strict=True)), flush=True)
+    return chosen
+
+
+def kept(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays from a file, made and written first where there is none yet."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = make()
+        with path.with_suffix(".tmp").open("wb") as file:
+            np.savez(file, **arrays)
+        path.with_suffix(".tmp").replace(path)
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)

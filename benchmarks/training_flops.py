@@ -1,0 +1,148 @@
+"""Training FLOPs until a model has the stack's final error, by which part of the dynamics is looped.
+
+The loop alone, with a layer of its own before it or after it, and with two layers in the block at half the loops, all
+beside the stack of equal FLOPs (``benchmarks.lab``). FLOPs are torch's own count of whole updates (forward passes
+without gradient too), the mean of several at depths as training draws them; the error is that of validation data, its
+last value the final one.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness import interval, parser, report
+from benchmarks.lab import Recipe, Task, choose_rates, learning_curve, summary, train_all
+from benchmarks.tasks import TASKS
+
+CONTROL = "stacked"
+
+
+def variants(task: Task, steps: int) -> dict[str, Recipe]:
+    """Name -> recipe; the halved loop has its two layers in the place of two loops."""
+    loop = replace(task.models["looped"], steps=steps)
+    half = {"loops": loop.loops // 2, "free_loops": loop.free_loops // 2, "layers": (1, 2, 1)}
+    return {
+        CONTROL: replace(task.models[CONTROL], steps=steps),
+        "one layer looped": loop,
+        "a layer before the loop": replace(loop, layers=(2, 1, 1)),
+        "a layer after the loop": replace(loop, layers=(1, 1, 2)),
+        "two layers looped, half the loops": replace(loop, **half),
+    }
+
+
+def flops_of_update(task: Task, recipe: Recipe, draws: int = 32) -> float:
+    """Mean FLOPs of one update on one batch."""
+    torch.manual_seed(0)
+    rng, model, data = np.random.default_rng(0), task.model(recipe), task.training_set()
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(draws):
+            batch = data.rows(torch.from_numpy(rng.integers(0, len(data), task.batch)))
+            with model.dynamics.frozen():
+                task.loss(model, recipe, batch, rng).backward()
+    return counter.get_total_flops() / draws
+
+
+def steps_to(error: float, curve: list[tuple[int, float]]) -> int | None:
+    """Optimiser steps at the first check whose error is at most this; None: never."""
+    return next((step for step, found in curve if found <= error), None)
+
+
+def evaluate(task: Task, plan: dict[str, Recipe], seed: int, folder: Path, flops: dict[str, float]) -> list[dict]:
+    """One row a variant of one seed: against the control of the same seed."""
+    goal = learning_curve(replace(plan[CONTROL], seed=seed), folder)[-1][1]
+    spent = flops[CONTROL] * steps_to(goal, learning_curve(replace(plan[CONTROL], seed=seed), folder))
+    rows = []
+    for name, recipe in plan.items():
+        recipe = replace(recipe, seed=seed)
+        curve = learning_curve(recipe, folder)
+        reached = steps_to(goal, curve)
+        rows.append(
+            summary(recipe, folder)
+            | {
+                "variant": name,
+                "flops_per_update": flops[name],
+                "goal": goal,
+                "error": curve[-1][1],
+                "steps_to_goal": reached,
+                "speedup": None if reached is None else round(spent / (flops[name] * reached), 4),
+                "curve": curve,
+            }
+        )
+    return rows
+
+
+def draw(task: Task, rows: list[dict], path: Path) -> None:
+    """Validation error against training FLOPs, mean and range over seeds."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), dpi=130)
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        mine = [row for row in rows if row["variant"] == name]
+        x = np.array([step for step, _ in mine[0]["curve"]]) * mine[0]["flops_per_update"]
+        y = np.array([[error for _, error in row["curve"]] for row in mine])  # (seeds, checks)
+        line = axes.plot(x, y.mean(0), label=name)[0]
+        axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set(xlabel="training FLOPs", ylabel=task.error_name, yscale="log", title=task.name)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def verdict(rows: list[dict]) -> tuple[dict, str]:
+    """(headline, one sentence), computed from the rows; a variant that misses the goal in one seed has no speed-up."""
+    headline, speed, never = {}, {}, {}
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        mine = [row for row in rows if row["variant"] == name]
+        headline[f"{name}: final error"] = interval([row["error"] for row in mine])
+        never[name] = sum(row["speedup"] is None for row in mine)
+        if not never[name]:
+            headline[f"{name}: FLOPs of the {CONTROL} / its own"] = interval([row["speedup"] for row in mine])
+            speed[name] = float(np.mean([row["speedup"] for row in mine]))
+    loops = {name: value for name, value in speed.items() if name != CONTROL}
+    missed = ", ".join(f"{name} in {n} of {len(mine)}" for name, n in never.items() if n)
+    ends = f"; the goal was not reached by {missed}" if missed else ""
+    if not loops:
+        return headline, f"No loop has the final error of {CONTROL} in every seed{ends}."
+    best = max(loops, key=loops.__getitem__)
+    word = "fewer" if loops[best] > 1 else "more"
+    return headline, (
+        f"To the final error of {CONTROL}, '{best}' takes {word} training FLOPs: the control's are {loops[best]:.2f} "
+        "times its own ("
+        + ", ".join(f"{name}: {value:.2f}" for name, value in loops.items() if name != best)
+        + f"){ends}."
+    )
+
+
+def main(arguments: list[str]) -> None:
+    p = parser(__doc__.splitlines()[0])
+    p.add_argument("--task", choices=sorted(TASKS), default="permutation")
+    p.add_argument("--seeds", type=int, default=5)
+    p.add_argument("--steps", type=int, help="optimiser steps of every model (default: the task's)")
+    p.add_argument("--figure", type=Path, metavar="FILE")
+    args = p.parse_args(arguments)
+    task, folder = TASKS[args.task](args.runs), args.runs / args.task
+    seeds = range(1) if args.quick else range(args.seeds)
+    plan = variants(task, args.steps or (240 if args.quick else task.models["looped"].steps))
+    if not args.quick:
+        plan = choose_rates(task, plan, folder, args.jobs)
+    train_all(task, [replace(recipe, seed=seed) for seed in seeds for recipe in plan.values()], folder, args.jobs)
+    flops = {name: flops_of_update(task, recipe) for name, recipe in plan.items()}
+    rows = [row for seed in seeds for row in evaluate(task, plan, seed, folder, flops)]
+    if args.figure:
+        draw(task, rows, args.figure)
+    report("training_flops", args, seeds, rows, *verdict(rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,227 @@
+"""Continuous worlds for the laboratory: DeepMind Control open loop, and TimeWarp, one step of 1 to 16 held ones.
+
+The latent is the observation itself, standardised by the training data, so that all parameters are the dynamics' own
+and errors are in standard deviations: 1 is what predicting the mean of the data gets.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from agents import load_agent
+from benchmarks.harness import train as train_agent
+from benchmarks.harness import training_run
+from benchmarks.lab import TEST, TRAINING, VALIDATION, Examples, Recipe, Task, kept
+from envs import make_env
+from loopwm.dynamics import DYNAMICS, DynamicsOutput
+
+MODELS = {
+    "looped": Recipe("looped", "certified", steps=2000, hidden=64, loops=8),
+    "stacked": Recipe("stacked", steps=2000, hidden=64, loops=8),
+    "wide": Recipe("wide", steps=2000, hidden=64, loops=8),
+    "single_pass": Recipe("single_pass", steps=2000, hidden=64, loops=8),
+    "deep_thin": Recipe("deep_thin", steps=2000, hidden=64, loops=8),
+    "looped, linear": Recipe("looped", steps=2000, hidden=64, loops=8),
+}
+LADDER = {
+    "looped": ((32, 8), (64, 8), (128, 8)),
+    "looped, linear": ((64, 8),),
+    "stacked": ((32, 4), (32, 8), (64, 4), (64, 8)),
+    "wide": ((32, 8), (64, 8)),
+    "single_pass": ((32, 8), (64, 8), (128, 8), (256, 8)),
+    "deep_thin": ((64, 8),),
+}
+CORRELATION = 0.8  # of a random action with the one before
+
+
+class VectorModel(nn.Module):
+    """Standardised observation and actions -> the observations after each."""
+
+    def __init__(self, recipe: Recipe, obs_dim: int, action_dim: int):
+        super().__init__()
+        prelude, block, coda = recipe.layers
+        self.dynamics = DYNAMICS[recipe.dynamics](
+            obs_dim,
+            action_dim,
+            recipe.hidden,
+            recipe.loops,
+            4 * recipe.loops,
+            mode=recipe.mode,
+            prelude_layers=prelude,
+            block_layers=block,
+            coda_layers=coda,
+        )
+
+    def forward(
+        self, obs: Tensor, actions: Tensor, depth: int | None = None, h0: Tensor | None = None
+    ) -> tuple[Tensor, DynamicsOutput]:
+        """obs (B, O), actions (B, H, A) -> (observations (B, H, O), the last step's output).
+
+        h0 is of the first step.
+        """
+        steps = []
+        for action in actions.unbind(1):
+            out = self.dynamics(obs, action, depth, h0)
+            obs, h0 = out.z_next, None
+            steps.append(obs)
+        return torch.stack(steps, 1), out
+
+
+class VectorTask(Task):
+    """Arrays of steps on disk, in folder: obs, action, after, difficulty, episode; standardised on the way out."""
+
+    models, ladder = MODELS, LADDER
+    exact, batch = False, 256
+    error_name = "root mean squared error, standard deviations"
+    collected = {TRAINING: 40_000, VALIDATION: 8_000, TEST: 16_000}  # decisions
+    env_id: str
+
+    def __init__(self, runs: Path):
+        self.runs = runs
+
+    def steps(self, seed: int) -> dict[str, np.ndarray]:
+        """The data of a seed, collected once."""
+        return kept(self.runs / self.name / f"data_{seed}.npz", lambda: self.collect(self.collected[seed], seed))
+
+    def collect(self, count: int, seed: int) -> dict[str, np.ndarray]:
+        """``count`` decisions, episode after episode."""
+        env, rng, rows = make_env(self.env_id, seed=seed), np.random.default_rng(seed), []
+        episode = 0
+        while len(rows) < count:
+            obs, over, action = env.reset()[0], False, None
+            act = self.actor(episode, rng, env.action_space.shape[0])
+            while not over and len(rows) < count:
+                action = act(obs, action)
+                after, _, terminated, truncated, info = env.step(action)
+                rows.append((obs, action, after, info.get("difficulty", 0), episode))
+                obs, over = after, terminated or truncated
+            episode += 1
+        env.close()
+        names = ("obs", "action", "after", "difficulty", "episode")
+        arrays = {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+        return {k: v.astype(np.float32) if v.dtype == np.float64 else v for k, v in arrays.items()}
+
+    def actor(self, episode: int, rng: np.random.Generator, action_dim: int):
+        """(obs, action before) -> action: here noise that is correlated in time and uniform at each."""
+        x = np.zeros(action_dim)
+
+        def act(obs: np.ndarray, before: np.ndarray | None) -> np.ndarray:
+            nonlocal x
+            fresh = rng.standard_normal(action_dim)
+            x = fresh if before is None else CORRELATION * x + math.sqrt(1.0 - CORRELATION**2) * fresh
+            return np.array([math.erf(v / math.sqrt(2.0)) for v in x], np.float32)
+
+        return act
+
+    @cached_property
+    def scale(self) -> tuple[Tensor, Tensor]:
+        """(mean (O,), standard deviation (O,)) of the training data."""
+        obs = torch.from_numpy(self.steps(TRAINING)["obs"])
+        return obs.mean(0), obs.std(0).clamp_min(1e-3)
+
+    def standardised(self, obs: np.ndarray) -> Tensor:
+        mean, std = self.scale
+        return (torch.from_numpy(obs) - mean) / std
+
+    def model(self, recipe: Recipe) -> VectorModel:
+        data = self.steps(TRAINING)
+        return VectorModel(recipe, data["obs"].shape[-1], self.action_dim(data))
+
+    def action_dim(self, data: dict[str, np.ndarray]) -> int:
+        return data["action"].shape[-1]
+
+    def losses(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return self.errors(prediction, target).mean(1)
+
+    def errors(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """(B, H) mean squared error of each step."""
+        return (prediction - target).square().mean(-1)
+
+    def pool(self, errors: Tensor) -> float:
+        """Root of the mean: what diverged to no number counts as infinite."""
+        return math.sqrt(float(errors.double().nan_to_num(math.inf, math.inf).mean()))
+
+
+class Control(VectorTask):
+    """A DMC task, 5 open-loop steps in training and 50 in the test, under random actions or a trained agent's.
+
+    A random action is one of noise with a correlation of 0.8 in time. The agent is ``train.py``'s own after 100k
+    frames; it acts by its policy, in every second episode with half of random noise added. Depth in training is
+    drawn per sequence, as in the agents.
+    """
+
+    unit, trained, bins = "", 0, ((0, 0),)
+    horizons = (1, 5, 20, 50)
+    trained_horizon = 5
+
+    def __init__(self, runs: Path, task: str, policy: bool):
+        super().__init__(runs)
+        self.env_id, self.policy = f"dmc/{task}", policy
+        self.name = f"{task}-{'policy' if policy else 'random'}"
+
+    def actor(self, episode: int, rng: np.random.Generator, action_dim: int):
+        noise = super().actor(episode, rng, action_dim)
+        if not self.policy:
+            return noise
+        agent, first = load_agent(self.policy_run(), plan_samples=0)[0].evaluator(), True
+
+        def act(obs: np.ndarray, before: np.ndarray | None) -> np.ndarray:
+            nonlocal first
+            action = agent.act(obs[None], first=np.array([first]))[0]
+            first = False
+            return np.clip(action + 0.5 * (episode % 2) * noise(obs, before), -1.0, 1.0).astype(np.float32)
+
+        return act
+
+    def policy_run(self) -> Path:
+        """The agent whose actions these are, trained where there is none yet."""
+        return train_agent(*training_run(self.runs, self.env_id, "looped", 0, 100_000, ["eval_every=20000"]))
+
+    def examples(self, each: int, longest: int, seed: int, size: int | None = None) -> Examples:
+        """Windows of one episode: of 5 steps in training and validation, of 50 in the test; at most ``each``."""
+        data, horizon = self.steps(seed), self.horizons[-1] if seed == TEST else self.trained_horizon
+        whole = np.flatnonzero(data["episode"][: 1 - horizon or None] == data["episode"][horizon - 1 :])
+        starts = np.random.default_rng(seed).permutation(whole)[:each]
+        window = starts[:, None] + np.arange(horizon)
+        inputs = (self.standardised(data["obs"][starts]), torch.from_numpy(data["action"][window]))
+        return Examples(inputs, self.standardised(data["after"][window]), torch.zeros(len(starts), dtype=torch.long))
+
+    def loss(self, model: nn.Module, recipe: Recipe, batch: Examples, rng: np.random.Generator) -> Tensor:
+        depth = model.dynamics.sample_depth(len(batch))
+        return self.losses(model(*batch.inputs, depth=depth)[0], batch.target).mean()
+
+    edge = f"{trained_horizon} steps"
+    beyond = ["20 steps", "50 steps"]
+
+    def breakdown(self, errors: Tensor, difficulty: Tensor) -> dict[str, float]:
+        return {f"{h} step{'s' * (h > 1)}": self.pool(errors[:, h - 1]) for h in self.horizons if h <= errors.shape[1]}
+
+    measures = breakdown
+
+
+class TimeWarp(VectorTask):
+    """One decision of ``loopwm/TimeWarp``: an action held for 1 to 16 control steps, of which at most 8 in training."""
+
+    unit, trained = "held control steps", 8
+    bins = ((1, 2), (3, 4), (5, 8), (9, 12), (13, 16))
+
+    def __init__(self, runs: Path, task: str):
+        super().__init__(runs)
+        self.name, self.env_id = f"timewarp-{task}", f"gym/loopwm/TimeWarp-{task}-v0"
+
+    def examples(self, each: int, longest: int, seed: int, size: int | None = None) -> Examples:
+        """At most ``each`` steps of every bin, fewer where the data has no more."""
+        data, rng = self.steps(seed), np.random.default_rng(seed)
+        k = data["difficulty"].astype(np.int64)
+        bins = [(low, min(high, longest)) for low, high in self.bins if low <= longest]
+        rows = [rng.permutation(np.flatnonzero((k >= low) & (k <= high)))[:each] for low, high in bins]
+        rows = np.concatenate(rows)
+        action = np.concatenate([data["action"][rows, :-1], k[rows, None].astype(np.float32) / self.trained], -1)
+        inputs = (self.standardised(data["obs"][rows]), torch.from_numpy(action)[:, None])
+        return Examples(inputs, self.standardised(data["after"][rows])[:, None], torch.from_numpy(k[rows]))
