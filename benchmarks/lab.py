@@ -141,8 +141,8 @@ class Task:
 
         Half of the looped batches start at h0 and go through a quarter to five quarters of ``recipe.loops``. Where
         there are free loops the others first run up to that many without gradient and are trained from where these
-        lead, which teaches the loop to go on from its own states and to keep an answer it has (progressive training: Bansal
-        et al. 2022, arXiv 2202.05826, section 3.2).
+        lead, which teaches the loop to go on from its own states and to keep an answer it has (progressive training:
+        Bansal et al. 2022, arXiv 2202.05826, section 3.2).
         """
         depth, h0, weight = None, None, torch.ones(len(batch))
         if recipe.looped:
