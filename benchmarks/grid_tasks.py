@@ -18,6 +18,7 @@ from envs.worlds.sandpile import FULL, recurrent_piles, topple
 from loopwm.dynamics import DYNAMICS
 
 SIZE, MAX_LOOPS = 8, 32
+PIECES = 4  # of the block ``rank``
 MODELS = {  # name in the tables: recipe
     "looped": Recipe("looped", free_loops=24),
     "stacked": Recipe("stacked"),
@@ -25,6 +26,8 @@ MODELS = {  # name in the tables: recipe
     "single_pass": Recipe("single_pass"),
     "looped, certified": Recipe("looped", "certified", 24),
     "looped, from h0 only": Recipe("looped"),
+    "looped, certified in the sup norm": Recipe("looped", "certified", hidden=16, layers=(2, 1, 1), block="rank"),
+    "stacked, of the same cells": Recipe("stacked", "certified", hidden=16, layers=(2, 1, 1), block="rank"),
 }
 LADDER = {
     "looped": ((16, 16), (24, 16), (32, 16)),
@@ -47,8 +50,8 @@ class GridModel(nn.Module):
             width,
             recipe.loops,
             MAX_LOOPS,
-            block="conv",
-            block_dim=block_dim,
+            block=recipe.block,
+            block_dim=PIECES * width if recipe.block == "rank" else block_dim,
             mode=recipe.mode,
             gamma=0.99,
             prelude_layers=layers[0],
@@ -154,6 +157,12 @@ class Permutation(GridTask):
     steps, to the loop and to the controls alike: without that none of them starts to learn.
     """
 
+    models = {  # loops from h0 alone: going on from their own states bought nothing on the sandpile
+        "looped": Recipe("looped"),
+        "stacked": Recipe("stacked"),
+        "wide": Recipe("wide"),
+        "single_pass": Recipe("single_pass"),
+    }
     name, unit, trained = "permutation", "letters", 8
     bins = ((1, 2), (3, 4), (5, 8), (9, 16), (17, 32))
     curriculum = 0.4

@@ -38,11 +38,13 @@ class Recipe:
     hidden: int = 32  # width of the latent, of h and of the block
     loops: int = 16  # the controls' depth, or that of the loop whose FLOPs they have
     layers: tuple[int, int, int] = (1, 1, 1)  # of the prelude, the block and the coda
+    block: str = "conv"  # on grids
 
     @property
     def name(self) -> str:
-        values = {k: v for k, v in asdict(self).items() if k != "layers"}.values()
+        values = {k: v for k, v in asdict(self).items() if k not in ("layers", "block")}.values()
         parts = "" if self.layers == (1, 1, 1) else "_" + "".join(map(str, self.layers))
+        parts += "" if self.block == "conv" else "_" + self.block
         return "_".join(map(str, values)) + parts
 
     @property

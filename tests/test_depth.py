@@ -89,7 +89,7 @@ def case(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, Affine]:
 
 def run(rule: HaltingRule, shape=(6,), low: int = 1, high: int = 200, solver=None, rho: float = 0.9) -> LoopResult:
     start, _, loop = case(shape)
-    dynamics = SimpleNamespace(lipschitz_bound=lambda: rho)
+    dynamics = SimpleNamespace(lipschitz_bound=lambda: rho, cell=SimpleNamespace(norm_order=2.0))
     solver = solver or PlainSolver()
     return loop_adaptive(loop, start, rule.begin(dynamics, start), solver.begin(), low, high)
 

@@ -15,9 +15,9 @@ from loopwm.model.losses import weighted_sum, world_model_losses
 
 Z, A, D = 5, 2, 8
 DOUBLE = torch.float64
-LATENTS = {"mlp": (Z,), "conv": (Z, 3, 3), "transformer": (6, Z)}
-STATES = {"mlp": (D,), "conv": (D, 3, 3), "transformer": (6, D)}
-MODE = {"mlp": "certified", "conv": "certified", "transformer": "linear"}
+LATENTS = {"mlp": (Z,), "conv": (Z, 3, 3), "rank": (Z, 3, 3), "transformer": (6, Z)}
+STATES = {"mlp": (D,), "conv": (D, 3, 3), "rank": (D, 3, 3), "transformer": (6, D)}
+MODE = {"mlp": "certified", "conv": "certified", "rank": "certified", "transformer": "linear"}
 
 
 def generator(seed: int = 0) -> torch.Generator:

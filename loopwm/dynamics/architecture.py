@@ -10,9 +10,15 @@ from loopwm.dynamics.base import Coda, Prelude
 from loopwm.dynamics.cell import Cell, LoopCell
 from loopwm.dynamics.conv import ConvCell
 from loopwm.dynamics.layers import ORDERS, RepeatedBlock
+from loopwm.dynamics.rank import RankCell
 from loopwm.dynamics.transformer import TransformerCell
 
-BLOCKS: dict[str, type[Cell]] = {"mlp": LoopCell, "conv": ConvCell, "transformer": TransformerCell}
+BLOCKS: dict[str, type[Cell]] = {
+    "mlp": LoopCell,
+    "conv": ConvCell,
+    "rank": RankCell,
+    "transformer": TransformerCell,
+}
 
 
 @dataclass(frozen=True)
@@ -21,9 +27,9 @@ class Architecture:
 
     Attributes:
         latent_dim: Z. action_dim: A. hidden_dim: D, width of h.
-        block: a name in ``BLOCKS``: ``mlp`` for vectors z (B, Z), action (B, A), h (B, D); ``conv`` for grids
-        z (B, Z, S, S), action (B, A, S, S) or (B, A), h (B, D, S, S) of any size S; ``transformer`` for tokens
-        z (B, G, Z), action (B, G, A) or (B, A), h (B, G, D) of any number G.
+        block: a name in ``BLOCKS``: ``mlp`` for vectors z (B, Z), action (B, A), h (B, D); ``conv`` and ``rank``
+        for grids z (B, Z, S, S), action (B, A, S, S) or (B, A), h (B, D, S, S) of any size S; ``transformer`` for
+        tokens z (B, G, Z), action (B, G, A) or (B, A), h (B, G, D) of any number G.
         block_dim: W, inner width of the block (default 2 D).
         prelude_layers: layers from (z, action) to the injected input. coda_layers: layers from h to the step of z.
         block_layers: layers in the shared block, each a cell of its own. order: a name in ``ORDERS``, how loops go
@@ -65,6 +71,11 @@ class Architecture:
     def width(self) -> int:
         """W."""
         return self.block_dim or 2 * self.hidden_dim
+
+    @property
+    def unit(self) -> int:
+        """What inner widths are multiples of."""
+        return self.kind.width_multiple(self.hidden_dim)
 
     def make_prelude(self) -> Prelude:
         return self.kind.prelude(self.latent_dim, self.action_dim, self.hidden_dim, self.prelude_layers)

@@ -88,9 +88,9 @@ class DynamicsOutput:
         return self.at(earlier_loops(self.loops, generator))
 
 
-def sample_norm(x: Tensor) -> Tensor:
-    """Euclidean norm over all but the batch dimension: (B, ...) -> (B,)."""
-    return torch.linalg.vector_norm(x if x.ndim == 2 else x.flatten(1), dim=-1)
+def sample_norm(x: Tensor, order: float = 2.0) -> Tensor:
+    """Norm of an order (2: Euclidean, inf: largest entry) over all but the batch dimension: (B, ...) -> (B,)."""
+    return torch.linalg.vector_norm(x if x.ndim == 2 else x.flatten(1), order, dim=-1)
 
 
 def relative_step(h: Tensor, previous: Tensor) -> Tensor:

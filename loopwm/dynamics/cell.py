@@ -70,7 +70,12 @@ class Cell(nn.Module):
     start: ClassVar[Callable] = make_start
     coda: ClassVar[Callable] = Coda
     flops: ClassVar[tuple[int, int]]  # of a loop and of the injection, paid once per prediction, in like units
-    width_multiple: ClassVar[int] = 1  # what block_dim must be a multiple of
+    norm_order: ClassVar[float] = 2.0  # of the norm of h in which ``lipschitz_bound`` speaks
+
+    @staticmethod
+    def width_multiple(hidden_dim: int) -> int:
+        """What block_dim must be a multiple of."""
+        return 1
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ def equal_flops_width(parts: Architecture, loops: int) -> int:
     The loop pays for the injection once, an unlooped cell always: with W1, W2 and U alike, 2 T + 1 against 3 T.
     """
     looped, once = parts.kind.flops
-    unit = parts.kind.width_multiple
+    unit = parts.unit
     return unit * max(1, round(parts.block_layers * parts.width * (looped * loops + once) / (looped + once) / unit))
 
 
@@ -67,7 +67,7 @@ class StackedDynamics(nn.Module):
     def plan(parts: Architecture, loops: int) -> tuple[Architecture, list[int]]:
         """What to build in place of ``loops`` loops of ``parts``: sizes, and the inner width of each cell."""
         total = equal_flops_width(parts, loops)
-        return parts, split_width(total, loops * parts.block_layers, parts.kind.width_multiple)
+        return parts, split_width(total, loops * parts.block_layers, parts.unit)
 
     def forward(self, z: Tensor, action: Tensor, depth: Depth = None, h0: Tensor | None = None) -> DynamicsOutput:
         """Predict the next latent: z (B, Z), action (B, A) -> ``DynamicsOutput``; h0 as in ``LoopedDynamics``.
@@ -135,10 +135,11 @@ class DeepThinDynamics(StackedDynamics):
 
     @staticmethod
     def plan(parts: Architecture, loops: int) -> tuple[Architecture, list[int]]:
-        cells, unit = loops * parts.block_layers, parts.kind.width_multiple
+        cells = loops * parts.block_layers
         budget = parameter_count(parts, [parts.width] * parts.block_layers)
         for hidden in range(parts.hidden_dim, 0, -1):
             thin = replace(parts, hidden_dim=hidden)
+            unit = thin.unit
             width = unit * max(1, round(parts.width * hidden / parts.hidden_dim / unit))
             spent = parameter_count(thin, [width] * cells)
             if spent <= budget:

@@ -38,7 +38,7 @@ class UnrolledGradient:
 
 
 class ImplicitGradient:
-    """The gradient of the fixed point h* = f(h*, theta): dL/dtheta = u df/dtheta with u = g + u df/dh (2-norm rows).
+    """The gradient of the fixed point h* = f(h*, theta): dL/dtheta = u df/dtheta with u = g + u df/dh.
 
     Bai et al. 2019 (1909.01377, theorem 1). The loops run without a graph, so memory does not grow with their number;
     one more application gives df/dh and df/dtheta, and u is the fixed point of a map that contracts by the same
@@ -46,7 +46,8 @@ class ImplicitGradient:
     started from has no gradient.
 
     Args:
-        tolerance: certified bound on ||u - u*|| / ||g|| of every sample, down to rounding.
+        tolerance: certified bound on ||u - u*|| / ||g|| of every sample, down to rounding, in the dual norm of the
+        cell's: Euclidean too, or the sum of absolute values with block ``rank``.
 
     Raises:
         ValueError: tolerance not in (0, 1); dynamics that are not certified to contract, or of order AABB, where the
@@ -75,7 +76,8 @@ class ImplicitGradient:
         attached = after.view_as(after)  # the hook sits on a node of its own, or solving would call it again
 
         def adjoint(grad: Tensor) -> Tensor:
-            return solve_adjoint(after, before, grad, dynamics.lipschitz_bound(), self.tolerance, dynamics.solver)[0]
+            rho, order = dynamics.lipschitz_bound(), dual_order(dynamics.cell.norm_order)
+            return solve_adjoint(after, before, grad, rho, self.tolerance, dynamics.solver, order)[0]
 
         attached.register_hook(adjoint)
         return result._replace(h=attached, at=None)
@@ -88,24 +90,36 @@ def adjoint_iterations(rho: float, tolerance: float) -> int:
     return max(1, math.ceil(math.log(tolerance * (1.0 - rho)) / math.log(rho)) - 1)
 
 
+def dual_order(order: float) -> float:
+    """q with 1 / p + 1 / q = 1: u J contracts by rho in that norm where J v does in the norm of order p."""
+    return 1.0 if math.isinf(order) else order / (order - 1.0)
+
+
 def solve_adjoint(
-    after: Tensor, before: Tensor, grad: Tensor, rho: float, tolerance: float, solver: PlainSolver
+    after: Tensor,
+    before: Tensor,
+    grad: Tensor,
+    rho: float,
+    tolerance: float,
+    solver: PlainSolver,
+    order: float = 2.0,
 ) -> tuple[Tensor, int]:
     """u = grad + u d(after)/d(before), each (B, ...), from u = grad on.
 
     A sample is done, and held, when rho / (1 - rho) times its last step is at most ``tolerance`` ||grad|| (Banach), or
-    the step is down to rounding. Returns (u, iterations).
+    the step is down to rounding; norms of an ``order`` in which u d(after)/d(before) contracts by rho. Returns
+    (u, iterations).
     """
     run, u = solver.begin(), grad
-    goal = tolerance * sample_norm(grad) * (1.0 - rho) / max(rho, 1e-12)  # (B,) size of the last step
+    goal = tolerance * sample_norm(grad, order) * (1.0 - rho) / max(rho, 1e-12)  # (B,) size of the last step
     rounding = 4 * torch.finfo(grad.dtype).eps
     done = goal <= 0
     final, most = grad, 2 * adjoint_iterations(rho, tolerance)  # twice: a solver's detours are at most every second
     for iteration in range(1, most + 1):
         image = grad + torch.autograd.grad(after, before, u, retain_graph=True)[0]
-        step = sample_norm(image - u)
+        step = sample_norm(image - u, order)
         final = torch.where(done.view(-1, *[1] * (grad.ndim - 1)), final, image)
-        done = done | (step <= goal) | (step <= rounding * sample_norm(image))
+        done = done | (step <= goal) | (step <= rounding * sample_norm(image, order))
         if iteration == most or done.all():
             break
         u = run(u, image)

@@ -22,6 +22,7 @@ class RepeatedBlock(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.mode: str = self.layers[0].mode
+        self.norm_order: float = self.layers[0].norm_order
 
     def stages(self, e: Tensor) -> list[Loop]:
         """The loops to run one after the other, each as often as the depth says: e (B, ...)."""

@@ -234,9 +234,10 @@ class LoopedDynamics(nn.Module):
     def distance_to_fixed_point(self, h: Tensor, step: Tensor) -> Tensor:
         """Certified bound (B,) on ||h - h*||, given h (B, ...) and the step (B, ...) that led to it (Banach).
 
-        Infinite where the cell is not certified to contract.
+        In the norm of order ``cell.norm_order``: Euclidean, or the largest entry with block ``rank``. Infinite where
+        the cell is not certified to contract.
         """
-        rho, size = self.lipschitz_bound(), sample_norm(step)
+        rho, size = self.lipschitz_bound(), sample_norm(step, self.cell.norm_order)
         return size * (rho / (1.0 - rho)) if rho < 1.0 else torch.full_like(size, torch.inf)
 
     @torch.no_grad()
@@ -245,15 +246,15 @@ class LoopedDynamics(nn.Module):
 
         A lower bound on the true factor of one loop, so never above ``lipschitz_bound()`` when certified.
         """
-        h, worst = self.start(z), 0.0
+        h, worst, order = self.start(z), 0.0, self.cell.norm_order
         for loop in self.cell.stages(self.prelude(z, action)):
             step = None
             for _ in range(loops or self.max_loops):
                 h_next = loop(h)
-                size = sample_norm(h_next - h)
+                size = sample_norm(h_next - h, order)
                 if step is not None:
                     # Steps near float32 rounding say nothing about the map.
-                    sound = step > 1e-4 * sample_norm(h).clamp_min(1e-3)
+                    sound = step > 1e-4 * sample_norm(h, order).clamp_min(1e-3)
                     if sound.any():
                         worst = max(worst, float((size[sound] / step[sound]).max()))
                 step, h = size, h_next

@@ -37,7 +37,10 @@ class TransformerCell(Cell):
 
     prelude = TokenPrelude
     flops = (6, 1)  # queries, keys, values, their join, W1 and W2; U. Scores add G / 3 D to the six: little, if G < D
-    width_multiple = HEADS
+
+    @staticmethod
+    def width_multiple(hidden_dim: int) -> int:
+        return HEADS
 
     def __init__(self, hidden_dim: int, block_dim: int, *args, **kwargs):
         super().__init__(hidden_dim, block_dim, *args, **kwargs)

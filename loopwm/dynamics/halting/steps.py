@@ -79,18 +79,19 @@ class CertifiedHalting(HaltingRule):
         return cls(tolerance)
 
     def begin(self, dynamics: LoopedDynamics, h: Tensor) -> HaltingRun:
-        return _CertifiedRun(dynamics.lipschitz_bound(), self.distance)
+        return _CertifiedRun(dynamics.lipschitz_bound(), self.distance, dynamics.cell.norm_order)
 
 
 class _CertifiedRun:
     sees_every_loop = False
 
-    def __init__(self, rho: float, distance: float):
+    def __init__(self, rho: float, distance: float, order: float):
+        self.order = order  # of the norm in which rho is a factor
         self.longest_step = distance * (1.0 - rho) / max(rho, 1e-12)  # at most zero where rho >= 1: never reached
 
     @torch.no_grad()
     def __call__(self, h: Tensor, previous: Tensor) -> Tensor:
-        return sample_norm(h - previous) < self.longest_step
+        return sample_norm(h - previous, self.order) < self.longest_step
 
     def keep(self, index: Tensor) -> None:
         """Nothing to keep."""
