@@ -100,7 +100,7 @@ def verdict(task: Task, rows: list[dict]) -> tuple[dict, str]:
     return headline, (
         f"Trained on {task.edge} {task.unit} at most, the loop {word} every control on {group} (error "
         f"{means['looped', group]:.2f} against {means[best, group]:.2f} of {best}) and {keeps} its answers at sixteen "
-        f"times the depth ({furthest:.2f} against {own:.2f}); other loops: {others}."
+        f"times the depth ({furthest:.2f} against {own:.2f})" + (f"; other loops: {others}." if others else ".")
     )
 
 
