@@ -99,9 +99,10 @@ class RankCell(Cell):
 
     def prepare(self, e: Tensor) -> RankLoop:
         decay, input_scale, read, scale = self._folded or self.fold()
-        e = e.transpose(0, 1)  # channels before samples: every operation of a loop then runs over long rows
-        constant = e * input_scale.view(-1, 1, 1, 1) if isinstance(input_scale, Tensor) else e
-        injected = self.inject(e.transpose(0, 1)).transpose(0, 1)
+        # Channels before samples: every operation of a loop then runs over long rows.
+        injected, constant = self.inject(e).transpose(0, 1), e.transpose(0, 1)
+        if isinstance(input_scale, Tensor):
+            constant = constant * input_scale.view(-1, 1, 1, 1)
         fused = not MODES[self.mode].penalised  # the penalty differentiates twice
         return RankLoop(decay, constant.contiguous(), injected.contiguous(), read, scale, fused)
 
