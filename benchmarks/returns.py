@@ -1,25 +1,59 @@
 """Return by env frames over seeds: any task, the loop and its controls.
 
 python -m benchmarks.returns --task dmc/cup-catch --frames 100000 --seeds 3 --dynamics looped single_pass stacked wide
+python -m benchmarks.returns --task eight --frames 100000 --seeds 3 --csv docs/results/returns_100k.csv
 """
 
 from __future__ import annotations
 
+import csv
 import sys
+from pathlib import Path
 
-from benchmarks.harness import at_frames, curve, interval, parser, report, train_all, training_run
+import numpy as np
+
+from benchmarks.harness import at_frames, commit, curve, interval, parser, report, train_all, training_run
 
 CONTROLS = ("single_pass", "stacked", "wide", "deep_thin")
+EIGHT = tuple(
+    f"dmc/{name}"
+    for name in (
+        "cartpole-swingup",
+        "cup-catch",
+        "cheetah-run",
+        "walker-walk",
+        "walker-run",
+        "hopper-stand",
+        "quadruped-walk",
+        "finger-turn-easy",
+    )
+)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """One line for every evaluation of every run; frames to the thousand (evaluations fall just after their mark)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    measured = commit()
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(("task", "dynamics", "seed", "frames", "return", "frames_per_second", "commit"))
+        for row in rows:
+            speed = round(float(np.median([value for _, value in row["frames_per_second"]])))
+            for at, value in row["curve"]:
+                names = (row["task"].removeprefix("dmc/"), row["dynamics"], row["seed"])
+                table.writerow((*names, at // 1000 * 1000, round(value, 1), speed, measured))
 
 
 def main(arguments: list[str]) -> None:
     p = parser(__doc__.splitlines()[0])
-    p.add_argument("--task", nargs="+", default=["dmc/cartpole-swingup"])
+    p.add_argument("--task", nargs="+", default=["dmc/cartpole-swingup"], help="task names; eight: the eight of DMC")
     p.add_argument("--frames", type=int, default=50_000)
     p.add_argument("--seeds", type=int, default=5)
     p.add_argument("--dynamics", nargs="+", default=["looped"], choices=("looped", *CONTROLS))
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings, for every run")
+    p.add_argument("--csv", type=Path, metavar="FILE", help="write every evaluation of every run there")
     args = p.parse_args(arguments)
+    args.task = [task for word in args.task for task in (EIGHT if word == "eight" else (word,))]
     seeds = range(2 if args.quick else args.seeds)
     frames = min(args.frames, 20_000) if args.quick else args.frames
 
@@ -35,6 +69,8 @@ def main(arguments: list[str]) -> None:
     for run_dir, words in jobs.items():
         row = dict(word.split("=", 1) for word in words)
         rows.append(row | {"curve": curve(run_dir), "frames_per_second": curve(run_dir, "time/frames_per_second")})
+    if args.csv:
+        write_csv(args.csv, rows)
     for task in args.task:
         for dynamics in args.dynamics:
             mine = [row for row in rows if row["task"] == task and row["dynamics"] == dynamics]

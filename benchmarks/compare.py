@@ -1,0 +1,117 @@
+"""Does the loop help the agent? Interquartile means over tasks and seeds, and the probability of improvement.
+
+python -m benchmarks.compare docs/results/returns_*.csv --frames 100000
+
+By rliable (Agarwal et al. 2021, arXiv 2108.13264): stratified bootstrap over the seeds of each task. Returns are
+divided by 1000, the most that a DMC task gives. Needs ``pip install -e '.[stats]'``.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.harness import parser, report
+from loopwm.config import ConfigError
+
+MOST = 1000.0  # return of a DMC episode
+
+
+def read_scores(paths: Iterable[Path], frames: int) -> dict[str, dict[str, dict[int, float]]]:
+    """CSV of ``benchmarks.returns`` -> dynamics -> task -> seed -> return at ``frames``.
+
+    Raises:
+        ConfigError: a file without the columns, or no run that got to ``frames``.
+    """
+    scores: dict[str, dict[str, dict[int, float]]] = {}
+    for path in paths:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                try:
+                    task, name, seed, at, value = (row[k] for k in ("task", "dynamics", "seed", "frames", "return"))
+                    if int(at) == frames:
+                        scores.setdefault(name, {}).setdefault(task, {})[int(seed)] = float(value) / MOST
+                except (KeyError, ValueError, TypeError):
+                    raise ConfigError(f"{path}: not a CSV of benchmarks.returns") from None
+    if not scores:
+        raise ConfigError(f"no run in these files has an evaluation at {frames} frames")
+    return scores
+
+
+def matrices(scores: dict[str, dict[str, dict[int, float]]]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """(tasks, dynamics -> (seeds, tasks)) of the tasks and seeds that every dynamics has."""
+    tasks = sorted(set.intersection(*(set(by_task) for by_task in scores.values())))
+    if not tasks:
+        raise ConfigError("the dynamics in these files share no task")
+    seeds = sorted(set.intersection(*(set(by_task[t]) for by_task in scores.values() for t in tasks)))
+    if not seeds:
+        raise ConfigError("the runs in these files share no seed")
+    return tasks, {
+        name: np.array([[by_task[t][s] for t in tasks] for s in seeds]) for name, by_task in sorted(scores.items())
+    }
+
+
+def compare(runs: dict[str, np.ndarray], base: str, samples: int) -> dict[str, dict[str, float]]:
+    """IQM of each dynamics and the probability that ``base`` is the better one, with 95 % bootstrap intervals."""
+    from rliable import library, metrics  # an extra: nothing else needs it
+
+    values, bounds = library.get_interval_estimates(
+        runs, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=samples, random_state=np.random.RandomState(0)
+    )
+    found = {f"IQM, {name}": _figure(values[name], bounds[name]) for name in runs}
+    pairs = {f"{base},{name}": (runs[base], runs[name]) for name in runs if name != base}
+    if pairs:
+        values, bounds = library.get_interval_estimates(
+            pairs, metrics.probability_of_improvement, reps=samples // 10, random_state=np.random.RandomState(0)
+        )
+    for pair in pairs:
+        found[f"P({base} > {pair.split(',')[1]})"] = _figure(values[pair], bounds[pair])
+    return found
+
+
+def _figure(value: np.ndarray, bounds: np.ndarray) -> dict[str, float]:
+    low, high = np.asarray(bounds).ravel()
+    return {"value": round(float(np.ravel(value)[0]), 3), "low": round(float(low), 3), "high": round(float(high), 3)}
+
+
+def verdict(found: dict[str, dict[str, float]], base: str, tasks: list[str], seeds: int) -> str:
+    """One sentence: which controls the loop is shown to beat, or to lose to."""
+    odds = {name: figure for name, figure in found.items() if name.startswith("P(")}
+    better = [name for name, figure in odds.items() if figure["low"] > 0.5]
+    worse = [name for name, figure in odds.items() if figure["high"] < 0.5]
+    said = [f"{base} is better: {', '.join(better)}"] if better else []
+    said += [f"{base} is worse: {', '.join(worse)}"] if worse else []
+    ends = "; ".join(said) or "no interval excludes one half, so no difference is shown"
+    return f"Over {len(tasks)} tasks and {seeds} seeds: {ends}."
+
+
+def main(arguments: list[str]) -> int:
+    p = parser(__doc__.splitlines()[0])
+    p.add_argument("results", type=Path, nargs="+", help="CSV files of benchmarks.returns")
+    p.add_argument("--frames", type=int, default=100_000)
+    p.add_argument("--base", default="looped", help="the dynamics that the others are compared with")
+    args = p.parse_args(arguments)
+    try:
+        tasks, runs = matrices(read_scores(args.results, args.frames))
+        if args.base not in runs:
+            raise ConfigError(f"--base {args.base!r}: the files have {', '.join(runs)}")
+        found = compare(runs, args.base, 500 if args.quick else 20_000)
+    except ImportError as error:
+        print(f"compare: needs rliable ({error}): pip install -e '.[stats]'", file=sys.stderr)
+        return 2
+    except (ConfigError, OSError) as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    seeds = len(next(iter(runs.values())))
+    rows = [{"dynamics": name, "task": task, "returns": [round(float(v) * MOST, 1) for v in runs[name][:, i]]}
+            for name in runs for i, task in enumerate(tasks)]  # fmt: skip
+    report("compare", args, range(seeds), rows, found, verdict(found, args.base, tasks, seeds))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,137 @@
+"""What holds a trained agent back: its model, its value, its policy or its planner.
+
+python -m benchmarks.diagnose runs/x runs/y
+
+Each run plays episodes by its policy alone, and what it imagined on the way is held against what came:
+
+- model: reward and latent, 1 to 10 steps open loop under the actions that were taken, as a share of their variance
+  left unexplained (1: no better than their mean), at the planner's own number of loops and at twice as many;
+- value: the mean of both values against the discounted return that followed, where enough of the episode was left;
+- policy and planner: their returns on the same episodes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents import PlannerAgent, load_agent
+from benchmarks.harness import interval, parser, report
+from envs import make_vector_env
+from loopwm.training.rollout import rollout
+
+STEPS = (1, 3, 5, 10)  # ahead
+SEED = 2**35  # of the episodes: neither training nor evaluation has them
+TAIL = 0.05  # share of a discounted return that may lie beyond the end of its episode
+
+
+class Episodes(NamedTuple):
+    """E whole episodes of T steps, time first."""
+
+    obs: Tensor  # (T, E, O)
+    action: Tensor  # (T, E, A), as the replay keeps them
+    reward: Tensor  # (T, E)
+
+
+def play(agent: PlannerAgent, task: str, repeat: int, episodes: int) -> Episodes:
+    """Episodes side by side; only the steps before the first of them ends."""
+    venv, agent = make_vector_env(task, episodes, seed=SEED, action_repeat=repeat), agent.evaluator()
+    obs, rows, ended = venv.reset(seed=SEED)[0], [], False
+    first = np.ones(episodes, bool)
+    while not ended:
+        action = agent.act(obs, first=first)
+        after, reward, terminated, truncated, _ = venv.step(action)
+        rows.append((obs.copy(), agent.encode_action(action), reward))
+        obs, first, ended = after, np.zeros(episodes, bool), bool((terminated | truncated).any())
+    venv.close()
+    return Episodes(*(torch.from_numpy(np.array(column, np.float32)) for column in zip(*rows, strict=True)))
+
+
+def unexplained(prediction: Tensor, truth: Tensor) -> float:
+    """Squared error over the variance of what was predicted, (n,) or (n, Z)."""
+    spread = (truth - truth.mean(0)).square().mean()
+    return float((prediction - truth).square().mean() / spread.clamp_min(1e-12))
+
+
+def model_errors(agent: PlannerAgent, data: Episodes, depth: int | None) -> dict[str, float]:
+    """Share of variance left unexplained of reward and latent, ``STEPS`` ahead from every step."""
+    model, longest = agent.slow_model, max(STEPS)
+    starts = data.obs.shape[0] - longest
+    z = model.encode(data.obs)  # (T, E, Z)
+    windows = torch.stack([data.action[k : k + starts].flatten(0, 1) for k in range(longest)])  # (H, T' * E, A)
+    imagined = model.rollout(z[:starts].flatten(0, 1), windows, depth)
+    reward = model.predict(imagined.h)[0]  # (H, T' * E)
+    found = {}
+    for k in STEPS:
+        truth = data.reward[k - 1 : k - 1 + starts].flatten()
+        found[f"reward, {k} ahead"] = unexplained(reward[k - 1], truth)
+        found[f"latent, {k} ahead"] = unexplained(imagined.z[k], z[k : k + starts].flatten(0, 1))
+    return found
+
+
+def value_errors(agent: PlannerAgent, data: Episodes) -> dict[str, float]:
+    """Bias, error and correlation of the value with the discounted return of the policy that it should foretell."""
+    discount = agent.config.discount
+    left = int(np.ceil(np.log(TAIL) / np.log(discount)))
+    returns, total = torch.zeros_like(data.reward), torch.zeros(data.reward.shape[1])
+    for t in reversed(range(len(data.reward))):
+        total = data.reward[t] + discount * total
+        returns[t] = total
+    starts = max(1, len(data.reward) - left)
+    value = agent.value.values(agent.encode(data.obs[:starts]), data.action[:starts])  # (2, T', E)
+    mean, truth = value.mean(0).flatten(), returns[:starts].flatten()
+    return {
+        "return, discounted": float(truth.mean()),
+        "value minus return": float((mean - truth).mean()),
+        "value, unexplained": unexplained(mean, truth),
+        "value, correlation": float(torch.corrcoef(torch.stack([mean, truth]))[0, 1]),
+        "values apart": float((value[0] - value[1]).abs().mean()),
+    }
+
+
+@torch.no_grad()
+def diagnose(run_dir: Path, episodes: int) -> dict[str, Any]:
+    """Everything about one run."""
+    agent, cfg, frames = load_agent(run_dir)
+    policy = load_agent(run_dir, plan_samples=0)[0]
+    envs = (cfg.task.id, cfg.task.action_repeat)
+    data, depth = play(policy, *envs, episodes), cfg.agent.plan_loops or None
+    returns = {
+        name: float(
+            rollout(one, make_vector_env(envs[0], episodes, action_repeat=envs[1]), episodes, seed=SEED).returns.mean()
+        )
+        for name, one in (("policy", policy), ("planner", agent))
+    }
+    found = {f"return, {name}": value for name, value in returns.items()} | value_errors(policy, data)
+    found |= model_errors(agent, data, depth)
+    if depth:
+        found |= {f"{name}, twice the loops": v for name, v in model_errors(agent, data, 2 * depth).items()}
+    names = {"run": str(run_dir), "task": cfg.task.id, "dynamics": cfg.dynamics.name, "seed": cfg.seed}
+    return names | {"frames": frames} | {name: round(value, 4) for name, value in found.items()}
+
+
+def main(arguments: list[str]) -> None:
+    p = parser(__doc__.splitlines()[0])
+    p.add_argument("run_dirs", nargs="+", type=Path)
+    p.add_argument("--episodes", type=int, default=10)
+    args = p.parse_args(arguments)
+    rows = [diagnose(run_dir, 2 if args.quick else args.episodes) for run_dir in args.run_dirs]
+    for row in rows:
+        print(json.dumps(row, indent=1))
+    headline = {
+        name: interval([row[name] for row in rows])
+        for name in ("return, policy", "return, planner", "value minus return", "reward, 3 ahead")
+    }
+    better = sum(row["return, planner"] > row["return, policy"] for row in rows)
+    verdict = f"The planner is above its own policy in {better} of {len(rows)} runs."
+    report("diagnose", args, [row["seed"] for row in rows], rows, headline, verdict)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,114 @@
+"""The benchmarks of agents: what they read, and figures whose answer is known."""
+
+import numpy as np
+import pytest
+import torch
+
+from agents import make_agent
+from benchmarks import compare, diagnose, returns
+from benchmarks.diagnose import Episodes
+from loopwm.config import load_config
+
+TINY = ["task=dmc/x-y", "size=small"]
+
+
+def write(path, rows):
+    """A CSV as ``benchmarks.returns`` writes it, with a curve of two points a row (task, dynamics, seed, return)."""
+    written = [
+        {
+            "task": f"dmc/{task}",
+            "dynamics": name,
+            "seed": seed,
+            "curve": [(20_004, 1.0), (40_002, value)],
+            "frames_per_second": [(1000, 90.0), (2000, 100.0), (3000, 400.0)],
+        }
+        for task, name, seed, value in rows
+    ]
+    returns.write_csv(path, written)
+    return path
+
+
+def test_a_csv_of_returns_is_read_back_by_task_seed_and_frames(tmp_path):
+    path = write(tmp_path / "x.csv", [("a-b", "looped", 0, 500.0), ("a-b", "looped", 1, 700.0)])
+    lines = path.read_text().splitlines()
+    assert lines[0] == "task,dynamics,seed,frames,return,frames_per_second,commit"
+    assert lines[1].startswith("a-b,looped,0,20000,1.0,100,")
+    assert compare.read_scores([path], 40_000) == {"looped": {"a-b": {0: 0.5, 1: 0.7}}}
+    assert compare.read_scores([path], 20_000)["looped"]["a-b"] == {0: 0.001, 1: 0.001}
+
+
+def test_only_tasks_and_seeds_that_all_have_are_compared(tmp_path):
+    rows = [("a", "looped", 0, 100.0), ("a", "looped", 1, 200.0), ("b", "looped", 0, 1.0), ("a", "wide", 1, 300.0)]
+    tasks, runs = compare.matrices(compare.read_scores([write(tmp_path / "x.csv", rows)], 40_000))
+    assert tasks == ["a"]
+    assert {name: m.tolist() for name, m in runs.items()} == {"looped": [[0.2]], "wide": [[0.3]]}
+
+
+def test_what_a_person_can_get_wrong_ends_in_one_line(tmp_path, capsys):
+    good = write(tmp_path / "good.csv", [("a", "looped", 0, 100.0)])
+    other = write(tmp_path / "other.csv", [("b", "wide", 0, 100.0)])
+    bad = tmp_path / "bad.csv"
+    bad.write_text("task,frames\na,b\n")
+    cases = {
+        (str(bad),): "not a CSV of benchmarks.returns",
+        (str(good), "--frames", "7"): "at 7 frames",
+        (str(good), str(other), "--frames", "40000"): "share no task",
+        (str(good), "--frames", "40000", "--base", "wide"): "the files have looped",
+        (str(tmp_path / "none.csv"),): "none.csv",
+    }
+    for words, said in cases.items():
+        assert compare.main(list(words)) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+
+
+def test_the_verdict_names_only_what_an_interval_shows():
+    odds = {
+        "P(looped > wide)": {"value": 0.7, "low": 0.55, "high": 0.9},
+        "P(looped > stacked)": {"value": 0.4, "low": 0.2, "high": 0.6},
+        "P(looped > single_pass)": {"value": 0.1, "low": 0.0, "high": 0.3},
+    }
+    said = compare.verdict(odds, "looped", ["a"], 3)
+    assert "better: P(looped > wide)" in said and "worse: P(looped > single_pass)" in said and "stacked" not in said
+    assert "no difference" in compare.verdict({k: odds[k] for k in ["P(looped > stacked)"]}, "looped", ["a"], 3)
+
+
+def test_rliable_agrees_on_a_clear_case():
+    pytest.importorskip("rliable")
+    runs = {"looped": np.full((3, 4), 0.9), "wide": np.full((3, 4), 0.1)}
+    found = compare.compare(runs, "looped", 100)
+    assert found["IQM, looped"]["value"] == 0.9 and found["P(looped > wide)"]["low"] == 1.0
+
+
+def test_unexplained_is_a_share_of_the_variance():
+    truth = torch.tensor([0.0, 2.0])
+    assert diagnose.unexplained(truth, truth) == 0.0
+    assert diagnose.unexplained(truth.mean().expand(2), truth) == pytest.approx(1.0)
+
+
+def test_a_value_is_held_against_the_return_that_followed():
+    """A constant reward of one: the discounted return is known, and a fresh value of zero lies below it by as much."""
+    agent = make_agent(load_config([*TINY, "agent.discount=0.5"]), 3, 2, False)
+    data = Episodes(torch.zeros(40, 2, 3), torch.zeros(40, 2, 2), torch.ones(40, 2))
+    with torch.no_grad():
+        found = diagnose.value_errors(agent, data)
+    assert found["return, discounted"] == pytest.approx(
+        2.0, rel=diagnose.TAIL
+    )  # of which so much may lie beyond the end
+    assert found["value minus return"] == pytest.approx(-found["return, discounted"], abs=1e-2)
+    assert found["values apart"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_model_is_held_against_what_came_each_step_ahead():
+    """Rewards that the model itself imagines are explained wholly at every distance; a wrong shift by one is not."""
+    torch.manual_seed(0)
+    agent = make_agent(load_config(TINY), 3, 2, False)
+    torch.nn.init.normal_(agent.slow_model.reward.layers[-1][-1].weight)
+    obs, action = torch.randn(30, 2, 3), torch.rand(30, 2, 2) * 2 - 1
+    one = agent.slow_model.rollout(agent.encode(obs).flatten(0, 1), action.flatten(0, 1)[None], 4)
+    reward = agent.slow_model.predict(one.h)[0].view(30, 2)
+    found = diagnose.model_errors(agent, Episodes(obs, action, reward.detach()), 4)
+    assert found["reward, 1 ahead"] < 1e-9
+    assert found["reward, 3 ahead"] > 0.1  # the observations are noise: the model cannot know them ahead
+    late = Episodes(obs, action, torch.roll(reward.detach(), 1, 0))
+    assert diagnose.model_errors(agent, late, 4)["reward, 1 ahead"] > 0.1
