@@ -21,6 +21,9 @@ from loopwm.config import PlannerConfig
 from loopwm.model.losses import weighted_sum, world_model_losses
 from loopwm.model.world_model import WorldModel
 
+PRIORITY_FLOOR = 1e-3  # so that a transition which is known today may be drawn again; in units of the value
+PRIORITY_REFRESH = 250  # updates between looks for the largest priority, which new transitions get
+
 
 class PlannerAgent:
     """See the module. Implements ``loopwm.training.protocols.Agent``.
@@ -190,7 +193,7 @@ class PlannerAgent:
         c = self.config
         length = max(c.horizon, c.n_step)
         batch = replay.sample(c.batch_size, length)
-        obs, action, reward, terminated, mask = (torch.as_tensor(x, device=self.device) for x in batch)
+        obs, action, reward, terminated, mask = (torch.as_tensor(x, device=self.device) for x in batch[:5])
         metrics: dict[str, Tensor] = {}
         if self.updates % c.model_every == 0:
             b, h = c.model_batch_size, c.horizon
@@ -203,13 +206,27 @@ class PlannerAgent:
             z = self.encode(obs[0])  # (B, Z)
             z_end = self.encode(obs[n])  # (B, Z); the last row of shorter sequences, by padding
             target = self._value_target(z_end, reward[:n], terminated[:n], mask[:n])  # (B,)
-        metrics |= self._update_value(z, action[0], target)
+        found, error = self._update_value(z, action[0], target)
+        metrics |= found
+        if c.priority:
+            self._prioritise(replay, batch.start, error)
         if self.updates % c.policy_every == 0:
             metrics |= self._update_policy(z)
         self.targets["value"].update()
         self.targets["policy"].update()
         self.updates += 1
         return metrics
+
+    def _prioritise(self, replay: Any, start: np.ndarray, error: Tensor) -> None:
+        """Transitions ``start`` (B,) whose values were off by ``error`` (B,) are drawn by it from now on.
+
+        Proportional prioritisation (Schaul et al. 2016, 1511.05952, section 3.3) without importance weights.
+        """
+        # What has diverged to no number must not become the replay's: the metrics show it.
+        priority = error.nan_to_num(0.0, 0.0, 0.0).add(PRIORITY_FLOOR).pow(self.config.priority)
+        replay.prioritise(start, priority.cpu().numpy())
+        if self.updates % PRIORITY_REFRESH == 0:
+            replay.refresh_priority()
 
     def _update_model(
         self, obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, mask: Tensor
@@ -252,13 +269,15 @@ class PlannerAgent:
         value = self.value_target.values(z_end, action).amin(0)
         return returns + bootstrap * value
 
-    def _update_value(self, z: Tensor, action: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def _update_value(self, z: Tensor, action: Tensor, target: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """(metrics, how far the values were off (B,), the larger of the two)."""
         logits = self.value(z, action)  # (E, B, bins)
         loss = self.value.code.loss(logits, target.expand(logits.shape[0], -1)).sum(0).mean()
         self.value_optimizer.zero_grad()
         loss.backward()
         norm = self.value_optimizer.step()
-        return {"loss/value": loss.detach(), "loss/value_gradient": norm, "train/value_target": target.mean()}
+        error = (self.value.code.decode(logits.detach()) - target).abs().amax(0)  # (B,)
+        return {"loss/value": loss.detach(), "loss/value_gradient": norm, "train/value_target": target.mean()}, error
 
     def _update_policy(self, z: Tensor) -> dict[str, Tensor]:
         """Follow dQ1/da (TD3, 1802.09477); a small penalty keeps the policy off its saturation."""

@@ -53,7 +53,7 @@ def train_model(replay: Replay, mode: str, seed: int, steps: int) -> tuple[World
     model, stream = make_model(replay, mode, seed), torch.Generator().manual_seed(seed)
     adam, rng, kept = torch.optim.Adam(model.parameters(), 1e-3), np.random.default_rng(seed), []
     for step in range(steps):
-        obs, action, reward, terminated, mask = map(torch.from_numpy, replay.sample(BATCH, HORIZON, rng))
+        obs, action, reward, terminated, mask = map(torch.from_numpy, replay.sample(BATCH, HORIZON, rng)[:5])
         with torch.no_grad():
             z_target = model.encode(obs[1:])  # (H, B, Z)
         depth = model.dynamics.sample_depth(BATCH, stream)

@@ -197,13 +197,14 @@ class PlannerConfig(Section):
     horizon: Count = 3  # H, how far the model is unrolled in training, agent steps
     batch_size: Count = 128  # B, subsequences in one update of value and policy, count
     model_batch_size: Count = 64  # how many of them train the world model, count
-    model_every: Count = 4  # updates of value and policy for one of the world model, count
+    model_every: Count = 1  # updates of value and policy for one of the world model, count
     policy_every: Count = 2  # updates of the value for one of the policy (TD3's delay), count
-    update_ratio: Positive = 0.9  # gradient updates for one agent step, count
+    update_ratio: Positive = 1.0  # gradient updates for one agent step, count
     learning_rate: Positive = 1e-3  # Adam's step size, no unit
     clip_norm: Positive = 20.0  # largest norm of a gradient, no unit
     discount: Fraction = 0.99  # worth of the next agent step's return, no unit, in (0, 1)
     n_step: Count = 3  # rewards summed before the value target bootstraps, agent steps
+    priority: Share = 0.4  # a transition's priority is its value error to this power; 0: all are drawn alike
     tau: Share = 0.02  # part of the new weights the value and policy targets take per update, in [0, 1]
     model_tau: Share = 0.01  # the same for the slow world model, whose latents are predicted and acted on, in [0, 1]
     early_weight: NonNegative = 0.0  # weight of the model's losses at a random earlier loop, no unit (looped only)

@@ -713,6 +713,40 @@ def test_impossible_configs_are_refused_by_the_config(case):
         make(**case)
 
 
+def test_transitions_are_prioritised_by_how_far_their_values_were_off():
+    agent, replay, seen = make(priority=0.5), filled_replay(), {}
+    before = replay.priorities.weight.copy()
+    update_value, sample = agent._update_value, replay.sample
+
+    def watched(z, action, target):
+        with torch.no_grad():
+            seen["error"] = (agent.value.values(z, action) - target).abs().amax(0)
+        return update_value(z, action, target)
+
+    agent._update_value = watched
+    replay.sample = lambda *args: seen.setdefault("batch", sample(*args))
+    agent.update(replay)
+    start, after = seen["batch"].start, replay.priorities.weight
+    last = dict(zip(start.tolist(), (seen["error"] + 1e-3).sqrt().tolist(), strict=True))  # of equal rows the last
+    np.testing.assert_allclose([after[row] for row in last], list(last.values()), rtol=1e-4)
+    rest = np.setdiff1d(np.arange(len(before)), start)
+    np.testing.assert_array_equal(after[rest], before[rest])
+    assert replay.new_priority == pytest.approx(float(after.max()))
+
+
+def test_without_priorities_all_transitions_stay_alike():
+    agent, replay = make(priority=0.0), filled_replay()
+    agent.update(replay)
+    assert set(replay.priorities.weight.tolist()) == {0.0, 1.0}
+
+
+def test_values_that_diverged_do_not_spoil_the_replay():
+    agent, replay = make(priority=0.4), filled_replay()
+    agent._prioritise(replay, replay.sample(3, 1).start, torch.tensor([float("nan"), float("inf"), 1.0]))
+    assert np.isfinite(replay.priorities.weight).all()
+    replay.sample(5, 1)
+
+
 def test_padding_of_a_batch_trains_nothing():
     """What stands in masked steps must not matter to any part of the update."""
     batch = filled_replay().sample(12, 3)
@@ -722,7 +756,7 @@ def test_padding_of_a_batch_trains_nothing():
     spoilt.action[masked] = 0.77
     ends = []
     for one in (batch, spoilt):
-        agent = make(n_step=3, horizon=3)
+        agent = make(n_step=3, horizon=3, priority=0.0)
         agent.update(SimpleNamespace(sample=lambda *_, one=one: one))
         ends.append(weights(agent))
     assert changed(*ends) == set()

@@ -120,7 +120,12 @@ def test_the_defaults_are_those_of_the_dataclasses() -> None:
 def test_every_group_option_builds(group: str, option: str) -> None:
     cfg = load_config([f"{group}={option}"])
     part = getattr(cfg, group, None)  # size is a group without a section
-    assert part is None or option in (getattr(part, "name", None), getattr(part, "suite", None))
+    assert part is None or option in (getattr(part, "name", None), getattr(part, "suite", None), "fast")
+
+
+def test_the_fast_agent_is_the_planner_with_fewer_updates_of_the_model() -> None:
+    fast, default = load_config(["agent=fast"]).agent, load_config([]).agent
+    assert fast.name == default.name == "planner" and fast.model_every > default.model_every
 
 
 @pytest.mark.parametrize(
@@ -156,7 +161,7 @@ def test_text_is_taken_as_it_is(text: str, tmp_path: Path) -> None:
 
 def test_a_value_wins_over_a_group_and_the_last_word_wins() -> None:
     cfg = load_config(["dynamics.hidden_dim=7", "size=large", "seed=1", "size=small", "seed=2"])
-    assert (cfg.dynamics.hidden_dim, cfg.encoder.latent_dim, cfg.seed) == (7, 32, 2)
+    assert (cfg.dynamics.hidden_dim, cfg.encoder.latent_dim, cfg.seed) == (7, 64, 2)
 
 
 def test_frozen() -> None:

@@ -13,6 +13,7 @@ from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from loopwm.config import ConfigError
+from loopwm.training.priorities import Priorities
 from loopwm.training.replay import Batch, Replay
 
 ENVS = ((1, "terminated"), (3, "truncated"), (4, "terminated"), (11, "truncated"))  # length, how it ends
@@ -58,7 +59,7 @@ def check(batch: Batch, newest: np.ndarray, envs=ENVS) -> None:
     """Compare a batch with what the environments must have done; newest (N, 3) is the last obs stored."""
     length, size = batch.mask.shape
     assert batch.obs.shape == (length + 1, size, 3) and batch.action.shape == (length, size, 2)
-    assert all(field.dtype == np.float32 for field in batch)
+    assert all(field.dtype == np.float32 for field in batch[:5]) and batch.start.shape == (size,)
     for b in range(size):
         env, episode, step = batch.obs[0, b].astype(int)
         steps, ends = envs[env]
@@ -107,6 +108,77 @@ def test_starts_are_uniform_over_transitions(steps):
     chi_square = ((counts - expected) ** 2 / expected).sum()
     freedom = transitions - 1
     assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+def test_transitions_are_drawn_by_their_priority():
+    """Those of one stream three times as often; new ones as often as the largest, once that is looked up."""
+    replay = filled(40, capacity=4 * 64)
+    everyone = replay.priorities.weight > 0
+    stream = np.arange(everyone.size) % 4
+    replay.prioritise(np.flatnonzero(everyone & (stream == 2)), 3.0)
+    counts = np.bincount(replay.sample(60_000, 1).start, minlength=everyone.size)
+    expected = 60_000 * replay.priorities.weight / replay.priorities.weight.sum()
+    assert not counts[~everyone].any()
+    chi_square = ((counts - expected)[everyone] ** 2 / expected[everyone]).sum()
+    freedom = everyone.sum() - 1
+    assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
+    assert replay.new_priority == 1.0
+    replay.refresh_priority()
+    fill(replay, 2)
+    assert replay.priorities.weight[40 * 4 : 41 * 4].tolist() == [3.0] * 4  # row 41 is the newest: nothing leaves it
+    assert not replay.priorities.weight[41 * 4 :].any()
+
+
+@pytest.mark.parametrize("steps", [60, 150, 400])
+def test_a_row_that_is_overwritten_loses_its_priority(steps):
+    replay = filled(steps, capacity=4 * 64)
+    held = (replay.total - len(replay) + np.arange(len(replay))) % replay.rows  # oldest first
+    opens = ~replay.is_last[held]
+    opens[-1] = False
+    weight = replay.priorities.weight.reshape(replay.rows, 4)
+    np.testing.assert_array_equal(weight[held] > 0, opens)
+    assert weight.sum() == opens.sum()
+
+
+def test_priorities_come_back_with_the_state_and_draw_the_same():
+    replay = filled(150, capacity=4 * 64)
+    for seed in range(30):  # of many sizes, so that sums would drift if they were only added to
+        start = replay.sample(32, 1).start
+        replay.prioritise(start, np.random.default_rng(seed).exponential(10.0 ** (seed % 7), 32).astype(np.float32))
+    replay.refresh_priority()
+    copy = Replay(4 * 64, 4, 3, 2, seed=9)
+    oldest = replay.total - len(replay)
+    copy.restore(oldest, replay.slice(oldest, replay.total))
+    copy.load_state_dict(replay.state_dict())
+    assert copy.new_priority == replay.new_priority
+    for a, b in zip(replay.sample(500, 3), copy.sample(500, 3), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_state_without_priorities_makes_all_alike():
+    replay = filled(30, capacity=4 * 64)
+    state = {key: replay.state_dict()[key] for key in ("total", "rng")}
+    replay.load_state_dict(state)
+    assert set(replay.priorities.weight.tolist()) == {0.0, 1.0}
+
+
+class Ends:
+    """A generator whose numbers are the ends of [0, 1), where rounding shows."""
+
+    def random(self, size):
+        return np.resize([0.0, np.nextafter(1.0, 0.0)], size)
+
+
+@pytest.mark.parametrize(
+    "weights", [[0, 0, 5, 0], [1e-30, 0, 1e8, 0], [0.1] * 300 + [0.0] * 40, [0] * 200 + [0.3] + [0] * 90]
+)
+def test_an_entry_of_no_weight_is_never_drawn(weights):
+    priorities, weights = Priorities(len(weights)), np.array(weights, np.float32)
+    priorities.set(np.arange(len(weights)), weights)
+    for rng in (Ends(), np.random.default_rng(0)):
+        assert (weights[priorities.draw(3000, rng)] > 0).all()
+    with pytest.raises(ValueError, match="zero"):
+        Priorities(5).draw(1, rng)
 
 
 def test_own_generator_leaves_the_replays_stream_alone():

@@ -72,7 +72,7 @@ class Checkpoints:
         self._save_replay(replay)
         draft, final = self.folder / f".{frames:08d}.tmp", self.folder / f"{frames:08d}"
         draft.mkdir()
-        state = {**state, "replay": {"total": replay.total, "rng": replay.rng.bit_generator.state}}
+        state = {**state, "replay": replay.state_dict()}
         buffer = io.BytesIO()  # torch.save into a file hides what the disk says
         torch.save(state, buffer)
         _write(draft / "state.pt", buffer.getbuffer())
@@ -159,7 +159,7 @@ class Checkpoints:
             state = torch.load(path, map_location=device, weights_only=True)
             if replay is not None:
                 self._load_replay(replay, state["replay"]["total"])
-                replay.rng.bit_generator.state = state["replay"]["rng"]
+                replay.load_state_dict(state["replay"])
         except (CheckpointError, MemoryError):
             raise
         except Exception as error:  # whatever a torn or foreign file makes the readers say, the fix is the same

@@ -17,11 +17,13 @@ in row 4.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from loopwm.config import ConfigError
+from loopwm.training.priorities import Priorities
 
 
 class Batch(NamedTuple):
@@ -32,10 +34,14 @@ class Batch(NamedTuple):
     reward: np.ndarray  # (L, B)
     terminated: np.ndarray  # (L, B)
     mask: np.ndarray  # (L, B), 1 while the step belongs to the episode that the sequence began in
+    start: np.ndarray  # (B,) int64, where each sequence begins: what ``Replay.prioritise`` takes
 
 
 class Replay:
     """A ring of ``capacity`` rows over ``num_envs`` streams, preallocated.
+
+    Every transition has a priority, and sequences are drawn by that of their first one. A new transition has the
+    largest of the last look (``refresh_priority``), so that it is seen soon; all are one until ``prioritise``.
 
     Args:
         capacity: rows in all; each stream holds capacity // num_envs.
@@ -60,6 +66,8 @@ class Replay:
         self.is_last = self._allocate("is_last", np.bool_)
         self.total = 0  # rows ever written to each stream; row i lives at i % self.rows
         self.rng = np.random.default_rng(seed)
+        self.priorities = Priorities(self.rows * num_envs)  # zero where no transition begins
+        self.new_priority = 1.0
 
     def _allocate(self, name: str, dtype: type, width: int | None = None) -> np.ndarray:
         shape = (self.rows, self.num_envs) + (() if width is None else (width,))
@@ -94,10 +102,28 @@ class Replay:
         i = self.total % self.rows
         self.obs[i], self.action[i], self.reward[i] = obs, action, reward
         self.terminated[i], self.is_last[i] = terminated, is_last
+        self._open(i)
         self.total += 1
 
+    def _open(self, i: int) -> None:
+        """Row i is the newest: no transition leaves it yet, but now one leaves the row before."""
+        streams = np.arange(self.num_envs)
+        self.priorities.set(i * self.num_envs + streams, 0.0)
+        if self.total:
+            before = (i - 1) % self.rows
+            weight = np.where(self.is_last[before], 0.0, self.new_priority)
+            self.priorities.set(before * self.num_envs + streams, weight)
+
+    def prioritise(self, start: np.ndarray, priority: np.ndarray) -> None:
+        """Give the transitions that ``Batch.start`` (B,) names these priorities (B,), > 0."""
+        self.priorities.set(start, priority)
+
+    def refresh_priority(self) -> None:
+        """From now on new transitions get the largest priority that is held (LAP, 2007.06049, section 4.1)."""
+        self.new_priority = float(self.priorities.weight.max()) or 1.0
+
     def sample(self, batch_size: int, length: int, rng: np.random.Generator | None = None) -> Batch:
-        """Draw ``batch_size`` sequences of ``length`` steps, uniformly over the transitions held.
+        """Draw ``batch_size`` sequences of ``length`` steps by the priorities of the transitions that begin them.
 
         ``rng`` replaces the replay's own stream, for looking without disturbing training.
         A sequence that meets its episode's end (or the newest row) is padded by its last row, and masked.
@@ -106,9 +132,12 @@ class Replay:
             ValueError: no transition is held yet.
         """
         held, oldest = len(self), self.total - len(self)
-        rng = rng or self.rng
-        stream = rng.integers(self.num_envs, size=batch_size)
-        age = self._draw_starts(stream, oldest, held, rng)
+        try:
+            start = self.priorities.draw(batch_size, rng or self.rng)
+        except ValueError:
+            raise ValueError("the replay holds no transition yet") from None
+        row, stream = np.divmod(start, self.num_envs)
+        age = (row - oldest) % self.rows  # (B,), counted from the oldest row
         steps = age + np.arange(length + 1)[:, None]  # (L + 1, B), counted from the oldest row
         rows = (oldest + np.minimum(steps, held - 1)) % self.rows
         # A step is valid if neither its row nor one before it is a last one, and its next row is held.
@@ -124,21 +153,8 @@ class Replay:
             self.reward[now, stream] * mask,
             (self.terminated[now, stream] & mask).astype(np.float32),
             mask.astype(np.float32),
+            start,
         )
-
-    def _draw_starts(self, stream: np.ndarray, oldest: int, held: int, rng: np.random.Generator) -> np.ndarray:
-        """Rows (B,), counted from the oldest, that a transition leaves; redrawn where none does."""
-        if held < 2:
-            raise ValueError("the replay holds no transition yet")
-        age = rng.integers(held - 1, size=stream.shape)
-        for _ in range(1000):
-            bad = self.is_last[(oldest + age) % self.rows, stream]
-            if not bad.any():
-                return age
-            # Redraw the stream too, so that the draw stays uniform over transitions.
-            stream[bad] = rng.integers(self.num_envs, size=int(bad.sum()))
-            age[bad] = rng.integers(held - 1, size=int(bad.sum()))
-        raise ValueError("the replay holds no transition yet")
 
     def slice(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Rows start..stop (counted over all ever written) of every field, copied; for checkpoints.
@@ -152,9 +168,39 @@ class Replay:
         return {name: np.ascontiguousarray(getattr(self, name)[rows]) for name in self.FIELDS}
 
     def restore(self, start: int, fields: dict[str, np.ndarray]) -> None:
-        """Put back rows that ``slice(start, ...)`` gave; ``total`` becomes the row after the last one."""
+        """Put back rows that ``slice(start, ...)`` gave; ``total`` becomes the row after the last one.
+
+        All transitions held have the same priority then; ``load_state_dict`` puts back their own.
+        """
         count = fields["is_last"].shape[0]
         rows = np.arange(start, start + count) % self.rows
         for name in self.FIELDS:
             getattr(self, name)[rows] = fields[name]
         self.total = start + count
+        opens = ~self.is_last
+        opens[(self.total - 1) % self.rows] = False
+        opens[len(self) :] = False
+        self.priorities.set_all(opens.reshape(-1).astype(np.float32))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rows do not say: how many were written, who is drawn how often, and the random stream."""
+        held = self.priorities.weight[: len(self) * self.num_envs].copy()
+        return {
+            "total": self.total,
+            "rng": self.rng.bit_generator.state,
+            "priority": torch.from_numpy(held),
+            "new_priority": self.new_priority,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """After ``restore`` has put back the rows; a state without priorities leaves them equal.
+
+        Raises:
+            KeyError, ValueError: a state of another replay.
+        """
+        self.rng.bit_generator.state = state["rng"]
+        if "priority" in state:
+            weight = np.zeros(self.priorities.count, np.float32)
+            weight[: len(self) * self.num_envs] = state["priority"].numpy()
+            self.priorities.set_all(weight)
+            self.new_priority = state["new_priority"]
