@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
+from agents.export import SUFFIX, read_exported, restore_exported
 from agents.planner import PlannerAgent
 from loopwm.config import Config, ConfigError
 from loopwm.dynamics import DYNAMICS
@@ -83,22 +84,33 @@ def load_agent(
     """The agent of a run's newest checkpoint, ready to act: (agent, config, env frames it was trained for).
 
     Args:
+        run_dir: what ``train.py`` wrote, or a file of ``agents.export``.
         plan_loops, plan_samples: replace the run's own planning budget; see ``PlannerConfig``.
 
     Raises:
         CheckpointError: not a run directory, or a broken checkpoint. ConfigError: a broken config.yaml.
     """
-    cfg, frames = read_run(Path(run_dir))
+    exported = Path(run_dir).suffix == SUFFIX and not Path(run_dir).is_dir()
+    if exported:
+        tensors, said, cfg = read_exported(Path(run_dir))
+        frames = said["frames"]
+    else:
+        cfg, frames = read_run(Path(run_dir))
     changes = {"plan_loops": plan_loops, "plan_samples": plan_samples}
     changes = {name: value for name, value in changes.items() if value is not None}
     cfg = dataclasses.replace(cfg, agent=dataclasses.replace(cfg.agent, **changes))
     target = resolve_device(device)
-    state = Checkpoints(Path(run_dir)).load(frames, device=target)
     try:
-        agent = make_agent(cfg, *state["dims"], device=target)
-        agent.load_state_dict(state["agent"])
+        if exported:
+            agent = make_agent(cfg, *said["dims"], device=target)
+            restore_exported(agent, tensors, said["acted"])
+        else:
+            state = Checkpoints(Path(run_dir)).load(frames, device=target)
+            agent = make_agent(cfg, *state["dims"], device=target)
+            agent.load_state_dict(state["agent"])
     except (KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{run_dir}: its checkpoint does not fit its config.yaml ({error})") from None
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{run_dir}: its weights do not fit its config ({reason})") from None
     return agent, cfg, frames
 
 

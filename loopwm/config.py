@@ -309,6 +309,14 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         raise ConfigError(f"{path}: {error}") from None
 
 
+def parse_config(tree: object) -> Config:
+    """The config of nested dicts, as ``to_dict`` gives them; fields they lack take their defaults.
+
+    Raises ConfigError.
+    """
+    return _build(Config, tree)
+
+
 def to_dict(cfg: Section) -> dict[str, Any]:
     """`cfg` as nested plain dicts."""
     return asdict(cfg)

@@ -1,0 +1,85 @@
+"""An agent as one small file: acts as the run it came from, and a foreign file ends in one line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from training_tools import SWINGUP, forbid_filming, run
+
+import evaluate
+from agents import export, load_agent, make_agent
+from agents.export import read_exported, save_exported
+from loopwm.config import load_config, to_dict
+from loopwm.training.checkpoint import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        forbid_filming(patch)
+        assert run(path, *SWINGUP, "frames=800", "agent.plan_samples=16") == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def file(run_dir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / "agent.safetensors"
+    assert export.main([str(run_dir), str(path)]) == 0
+    return path
+
+
+def test_an_exported_agent_acts_as_its_run_does(run_dir, file):
+    (one, cfg, frames), (other, cfg_again, frames_again) = load_agent(run_dir), load_agent(file)
+    assert (cfg, frames) == (cfg_again, frames_again)
+    assert one.budget == other.budget  # the spread of plans depends on how much it has explored
+    obs = np.random.default_rng(0).normal(size=(3, one.obs_dim)).astype(np.float32)
+    np.testing.assert_array_equal(one.evaluator().act(obs), other.evaluator().act(obs))
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_every_kind_of_agent_comes_back(discrete, tmp_path):
+    cfg = load_config(["task=dmc/x-y"])
+    agent = make_agent(cfg, 24, 6, discrete)
+    path = save_exported(tmp_path / "deep" / "x.safetensors", agent, cfg, 7)
+    assert path.stat().st_size < 1e6, "the default agent is meant to be small enough to ship"
+    again, _, frames = load_agent(path)
+    assert frames == 7 and again.discrete == discrete
+    for part in ("slow_model", "policy", "value"):
+        ours, theirs = getattr(agent, part).state_dict(), getattr(again, part).state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_it_is_evaluated_like_a_run(file, capsys):
+    assert evaluate.main([str(file), "--episodes", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["task"] == "dmc/cartpole-swingup"
+
+
+def says(arguments, capsys, main=evaluate.main) -> str:
+    assert main([str(word) for word in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_foreign_and_broken_files_end_in_one_line(file, tmp_path, capsys):
+    torn, foreign, other = (tmp_path / f"{name}.safetensors" for name in ("torn", "foreign", "other"))
+    torn.write_bytes(file.read_bytes()[:500])
+    save_file({"x": torch.zeros(2)}, foreign)
+    tensors, said, cfg = read_exported(file)
+    save_file(tensors | {"model.extra": torch.zeros(2)}, other, {k: json.dumps(v) for k, v in said.items()})
+    for path in (torn, foreign, tmp_path / "none.safetensors"):
+        assert "is not an agent that" in says([path], capsys)
+    assert "do not fit" in says([other], capsys)
+    broken = to_dict(cfg) | {"frames": -1}
+    save_file(tensors, other, {k: json.dumps(v) for k, v in (said | {"config": broken}).items()})
+    assert "frames=-1" in says([other], capsys)
+
+
+def test_what_cannot_be_exported_ends_in_one_line(run_dir, tmp_path, capsys):
+    assert "ends in .safetensors" in says([run_dir, tmp_path / "x.pt"], capsys, export.main)
+    assert "not a run directory" in says([tmp_path, tmp_path / "x.safetensors"], capsys, export.main)
+    with pytest.raises(CheckpointError, match="not an agent"):
+        load_agent(tmp_path / "none.safetensors")
