@@ -22,6 +22,8 @@ COLORS = {
     "deep_thin": "#7d5ba6",
 }
 
+ANCHORS = {"mrq": "#777777", "tdmpc2": "#b0b0b0", "dreamerv3": "#d8c9a8"}  # published methods
+
 
 def published(path: Path | None, task: str) -> dict[str, list[tuple[int, float]]]:
     """(frames, mean return) of published methods on a DMC task, from a csv of task, method, frames, mean."""
@@ -30,14 +32,13 @@ def published(path: Path | None, task: str) -> dict[str, list[tuple[int, float]]
     curves: dict[str, list[tuple[int, float]]] = {}
     with path.open() as file:
         for row in csv.DictReader(line for line in file if not line.startswith("#")):
-            if f"dmc/{row['task']}" == task and row["method"] in ("tdmpc2", "mrq"):
+            if f"dmc/{row['task']}" == task and row["method"] in ANCHORS:
                 curves.setdefault(row["method"], []).append((int(row["frames"]), float(row["mean"])))
     return curves
 
 
-def draw(task: str, rows: list[dict], out: Path, anchors: dict[str, list[tuple[int, float]]]) -> Path:
+def panel(axes: plt.Axes, task: str, rows: list[dict], anchors: dict[str, list[tuple[int, float]]]) -> None:
     """One task: mean and range over seeds of each dynamics, and published means as dashed lines."""
-    figure, axes = plt.subplots(figsize=(6.4, 3.8), dpi=130)
     furthest = 0
     for name, color in COLORS.items():
         curves = [row["curve"] for row in rows if row["dynamics"] == name]
@@ -46,19 +47,43 @@ def draw(task: str, rows: list[dict], out: Path, anchors: dict[str, list[tuple[i
         length = min(len(c) for c in curves)
         x = np.array([point[0] for point in curves[0][:length]])
         y = np.array([[point[1] for point in c[:length]] for c in curves])  # (seeds, evaluations)
-        axes.plot(x, y.mean(0), color=color, label=f"{name} ({len(curves)} seeds)")
+        seeds = f"{len(curves)} seed{'s' * (len(curves) > 1)}"
+        axes.plot(x, y.mean(0), color=color, label=f"{name} ({seeds})", marker="." if len(x) < 8 else None)
         axes.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, linewidth=0)
         furthest = max(furthest, x[-1])
     for method, points in anchors.items():
         near = [point for point in points if point[0] <= furthest]
         if near:
-            axes.plot(*zip(*near, strict=True), "--", color="#777777" if method == "mrq" else "#bbbbbb", label=method)
+            axes.plot(*zip(*near, strict=True), "--o", ms=3, color=ANCHORS[method], label=method)
     axes.set(xlabel="env frames", ylabel="evaluation return", title=task, xlim=(0, furthest))
     axes.grid(alpha=0.25)
+
+
+def draw(task: str, rows: list[dict], out: Path, anchors: dict[str, list[tuple[int, float]]]) -> Path:
+    """One task as a figure of its own."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), dpi=130)
+    panel(axes, task, rows, anchors)
     axes.legend(fontsize=8, frameon=False)
+    return save(figure, out / f"{task.split('/', 1)[1]}.png")
+
+
+def draw_grid(by_task: dict[str, list[dict]], path: Path, csv_file: Path | None) -> Path:
+    """All tasks as panels of one figure, four in a row."""
+    lines = -(-len(by_task) // 4)
+    figure, panels = plt.subplots(lines, 4, figsize=(15, 3.2 * lines), dpi=110, squeeze=False)
+    for axes, (task, rows) in zip(panels.flat, by_task.items(), strict=False):
+        panel(axes, task.removeprefix("dmc/"), rows, published(csv_file, task))
+    for axes in panels.flat[len(by_task) :]:
+        axes.axis("off")
+    for axes in panels[:, 1:].flat:
+        axes.set_ylabel("")
+    panels[0, 0].legend(fontsize=8, frameon=False)
+    return save(figure, path)
+
+
+def save(figure: plt.Figure, path: Path) -> Path:
     figure.tight_layout()
-    path = out / f"{task.split('/', 1)[1]}.png"
-    out.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
     return path
@@ -83,6 +108,7 @@ def main(arguments: list[str]) -> None:
     p.add_argument("results", type=Path, nargs="*", help="JSON files of benchmarks.returns")
     p.add_argument("--out", type=Path, default=Path("docs/figures"))
     p.add_argument("--published", type=Path, help="csv of published returns, drawn as dashed lines")
+    p.add_argument("--grid", type=Path, metavar="FILE.png", help="all tasks as panels of one figure, and no others")
     p.add_argument("--film", type=Path, metavar="RUN_DIR", help="also a strip of stills of that run's agent")
     args = p.parse_args(arguments)
     if args.film:
@@ -92,6 +118,9 @@ def main(arguments: list[str]) -> None:
         result = json.loads(path.read_text())
         for row in result["rows"] if result["benchmark"] == "returns" else []:
             by_task.setdefault(row["task"], []).append(row)
+    if args.grid:
+        print(draw_grid(by_task, args.grid, args.published))
+        return
     for task, rows in by_task.items():
         print(draw(task, rows, args.out, published(args.published, task)))
 
