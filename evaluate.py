@@ -27,7 +27,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
     count, whole = functools.partial(at_least, 1), functools.partial(at_least, 0)
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path, help="what train.py wrote")
+    parser.add_argument("run_dir", type=Path, help="what train.py wrote, or a file of agents.export")
     parser.add_argument("--episodes", type=count, default=10)
     parser.add_argument("--loops", type=count, help="loops in each prediction while planning (default: the run's)")
     parser.add_argument("--samples", type=whole, help="action sequences in a plan; 0: the policy alone acts")

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
-from agents.export import SUFFIX, read_exported, restore_exported
 from agents.planner import PlannerAgent
 from loopwm.config import Config, ConfigError
 from loopwm.dynamics import DYNAMICS
@@ -88,29 +87,33 @@ def load_agent(
         plan_loops, plan_samples: replace the run's own planning budget; see ``PlannerConfig``.
 
     Raises:
-        CheckpointError: not a run directory, or a broken checkpoint. ConfigError: a broken config.yaml.
+        CheckpointError: not a run directory nor an exported agent, or a broken one. ConfigError: a broken config.
     """
-    exported = Path(run_dir).suffix == SUFFIX and not Path(run_dir).is_dir()
+    from agents.export import SUFFIX, read_exported, restore_exported  # here, so that it can be run as a program too
+
+    path = Path(run_dir)
+    exported = path.suffix == SUFFIX and not path.is_dir()
     if exported:
-        tensors, said, cfg = read_exported(Path(run_dir))
-        frames = said["frames"]
+        tensors, said, cfg = read_exported(path)
+        frames, dims = said["frames"], said["dims"]
     else:
-        cfg, frames = read_run(Path(run_dir))
+        cfg, frames = read_run(path)
     changes = {"plan_loops": plan_loops, "plan_samples": plan_samples}
     changes = {name: value for name, value in changes.items() if value is not None}
     cfg = dataclasses.replace(cfg, agent=dataclasses.replace(cfg.agent, **changes))
     target = resolve_device(device)
+    if not exported:
+        state = Checkpoints(path).load(frames, device=target)
+        dims = state["dims"]
     try:
+        agent = make_agent(cfg, *dims, device=target)
         if exported:
-            agent = make_agent(cfg, *said["dims"], device=target)
             restore_exported(agent, tensors, said["acted"])
         else:
-            state = Checkpoints(Path(run_dir)).load(frames, device=target)
-            agent = make_agent(cfg, *state["dims"], device=target)
             agent.load_state_dict(state["agent"])
     except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"{run_dir}: its weights do not fit its config ({reason})") from None
+        raise CheckpointError(f"{run_dir}: its checkpoint does not fit its config ({reason})") from None
     return agent, cfg, frames
 
 

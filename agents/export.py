@@ -37,8 +37,13 @@ def save_exported(path: Path, agent: Any, cfg: Config, frames: int) -> Path:
     dims = [agent.obs_dim, agent.action_dim, agent.discrete]
     said = {"format": FORMAT, "config": to_dict(cfg), "dims": dims, "frames": frames, "acted": agent.acted}
     draft = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, draft, {name: json.dumps(value) for name, value in said.items()})
-    draft.replace(path)
+    try:
+        save_file(tensors, draft, {name: json.dumps(value) for name, value in said.items()})
+        draft.replace(path)
+    except SafetensorError as error:  # what it makes of a full or read-only disk
+        raise OSError(f"{path} cannot be written ({error})") from None
+    finally:
+        draft.unlink(missing_ok=True)
     return path
 
 
@@ -54,11 +59,15 @@ def read_exported(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], 
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if said["format"] != FORMAT:
             raise KeyError(said["format"])
+        obs_dim, action_dim, discrete = said["dims"]
+        numbers = (obs_dim, action_dim, said["frames"], said["acted"])
+        if not all(type(n) is int and n >= 0 for n in numbers) or type(discrete) is not bool:
+            raise ValueError("its numbers are none")
         return tensors, said, parse_config(said["config"])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0][:120]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:120]
         raise CheckpointError(f"{path} is not an agent that `python -m agents.export` wrote ({reason})") from None
 
 
@@ -94,6 +103,7 @@ def main(arguments: list[str]) -> int:
     p = argparse.ArgumentParser(prog="agents.export", description=__doc__.splitlines()[0])
     p.add_argument("run_dir", type=Path, help="what train.py wrote")
     p.add_argument("file", type=Path, help=f"to write, FILE{SUFFIX}")
+    p.error = lambda message: p.exit(2, f"agents.export: {message}\n")  # one line, without the usage
     args = p.parse_args(arguments)
     try:
         path = save_exported(args.file, *load_agent(args.run_dir))

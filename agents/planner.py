@@ -297,7 +297,7 @@ class PlannerAgent:
     @torch.no_grad()
     def diagnostics(self, replay: Any) -> dict[str, float]:
         """See ``Agent.diagnostics``: what the loop does on a batch of real transitions."""
-        batch = replay.sample(256, 1, rng=np.random.default_rng(self.updates))
+        batch = replay.sample(256, 1, rng=np.random.default_rng(self.updates), uniform=True)
         z = self.encode(torch.as_tensor(batch.obs[0], device=self.device))
         action = torch.as_tensor(batch.action[0], device=self.device)
         dynamics = self.slow_model.dynamics

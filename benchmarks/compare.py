@@ -19,24 +19,28 @@ from benchmarks.harness import parser, report
 from loopwm.config import ConfigError
 
 MOST = 1000.0  # return of a DMC episode
+COLUMNS = ("task", "dynamics", "seed", "frames", "return")
 
 
 def read_scores(paths: Iterable[Path], frames: int) -> dict[str, dict[str, dict[int, float]]]:
     """CSV of ``benchmarks.returns`` -> dynamics -> task -> seed -> return at ``frames``.
 
     Raises:
-        ConfigError: a file without the columns, or no run that got to ``frames``.
+        ConfigError: a file without the columns, a run that stands there twice, or none that got to ``frames``.
     """
     scores: dict[str, dict[str, dict[int, float]]] = {}
     for path in paths:
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                try:
-                    task, name, seed, at, value = (row[k] for k in ("task", "dynamics", "seed", "frames", "return"))
-                    if int(at) == frames:
-                        scores.setdefault(name, {}).setdefault(task, {})[int(seed)] = float(value) / MOST
-                except (KeyError, ValueError, TypeError):
-                    raise ConfigError(f"{path}: not a CSV of benchmarks.returns") from None
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                rows = [tuple(row[name] for name in COLUMNS) for row in csv.DictReader(file)]
+            found = [(task, name, int(seed), float(value)) for task, name, seed, at, value in rows if int(at) == frames]
+        except (KeyError, ValueError, TypeError, csv.Error):  # ValueError: also what is no UTF-8
+            raise ConfigError(f"{path}: not a CSV of benchmarks.returns") from None
+        for task, name, seed, value in found:
+            seeds = scores.setdefault(name, {}).setdefault(task, {})
+            if seed in seeds:
+                raise ConfigError(f"{path}: {name} on {task} with seed {seed} at {frames} frames is there twice")
+            seeds[seed] = value / MOST
     if not scores:
         raise ConfigError(f"no run in these files has an evaluation at {frames} frames")
     return scores
@@ -44,12 +48,14 @@ def read_scores(paths: Iterable[Path], frames: int) -> dict[str, dict[str, dict[
 
 def matrices(scores: dict[str, dict[str, dict[int, float]]]) -> tuple[list[str], dict[str, np.ndarray]]:
     """(tasks, dynamics -> (seeds, tasks)) of the tasks and seeds that every dynamics has."""
+    if len(scores) < 2:
+        raise ConfigError(f"nothing to compare: the files have {', '.join(scores)} alone")
     tasks = sorted(set.intersection(*(set(by_task) for by_task in scores.values())))
     if not tasks:
         raise ConfigError("the dynamics in these files share no task")
     seeds = sorted(set.intersection(*(set(by_task[t]) for by_task in scores.values() for t in tasks)))
-    if not seeds:
-        raise ConfigError("the runs in these files share no seed")
+    if len(seeds) < 2:
+        raise ConfigError(f"the runs in these files share {len(seeds)} seeds: intervals need two at the least")
     return tasks, {
         name: np.array([[by_task[t][s] for t in tasks] for s in seeds]) for name, by_task in sorted(scores.items())
     }

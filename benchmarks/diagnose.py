@@ -6,13 +6,15 @@ Each run plays episodes by its policy alone, and what it imagined on the way is 
 
 - model: reward and latent, 1 to 10 steps open loop under the actions that were taken, as a share of their variance
   left unexplained (1: no better than their mean), at the planner's own number of loops and at twice as many;
-- value: the mean of both values against the discounted return that followed, where enough of the episode was left;
+- value: the mean of both values against the discounted return that followed, where so much of the episode was left
+  that all but a twentieth of it is known; no figure where episodes are too short for that;
 - policy and planner: their returns on the same episodes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +25,9 @@ from torch import Tensor
 
 from agents import PlannerAgent, load_agent
 from benchmarks.harness import interval, parser, report
-from envs import make_vector_env
+from envs import TaskError, make_vector_env
+from loopwm.config import ConfigError
+from loopwm.training.checkpoint import CheckpointError
 from loopwm.training.rollout import rollout
 
 STEPS = (1, 3, 5, 10)  # ahead
@@ -32,7 +36,7 @@ TAIL = 0.05  # share of a discounted return that may lie beyond the end of its e
 
 
 class Episodes(NamedTuple):
-    """E whole episodes of T steps, time first."""
+    """E episodes side by side, as far as the shortest goes: T steps, time first."""
 
     obs: Tensor  # (T, E, O)
     action: Tensor  # (T, E, A), as the replay keeps them
@@ -40,7 +44,11 @@ class Episodes(NamedTuple):
 
 
 def play(agent: PlannerAgent, task: str, repeat: int, episodes: int) -> Episodes:
-    """Episodes side by side; only the steps before the first of them ends."""
+    """Episodes side by side, until the first of them ends.
+
+    Raises:
+        TaskError: that is too soon to look ``max(STEPS)`` ahead.
+    """
     venv, agent = make_vector_env(task, episodes, seed=SEED, action_repeat=repeat), agent.evaluator()
     obs, rows, ended = venv.reset(seed=SEED)[0], [], False
     first = np.ones(episodes, bool)
@@ -50,13 +58,15 @@ def play(agent: PlannerAgent, task: str, repeat: int, episodes: int) -> Episodes
         rows.append((obs.copy(), agent.encode_action(action), reward))
         obs, first, ended = after, np.zeros(episodes, bool), bool((terminated | truncated).any())
     venv.close()
+    if len(rows) <= max(STEPS) + 1:
+        raise TaskError(f"{task}: an episode ended after {len(rows)} steps, and {max(STEPS) + 2} are needed")
     return Episodes(*(torch.from_numpy(np.array(column, np.float32)) for column in zip(*rows, strict=True)))
 
 
 def unexplained(prediction: Tensor, truth: Tensor) -> float:
-    """Squared error over the variance of what was predicted, (n,) or (n, Z)."""
-    spread = (truth - truth.mean(0)).square().mean()
-    return float((prediction - truth).square().mean() / spread.clamp_min(1e-12))
+    """Squared error over the variance of what was predicted, (n,) or (n, Z); where that is none, zero or infinity."""
+    spread, error = (truth - truth.mean(0)).square().mean(), (prediction - truth).square().mean()
+    return float(error / spread) if spread > 1e-9 else (math.inf if error > 1e-9 else 0.0)
 
 
 def model_errors(agent: PlannerAgent, data: Episodes, depth: int | None) -> dict[str, float]:
@@ -76,14 +86,19 @@ def model_errors(agent: PlannerAgent, data: Episodes, depth: int | None) -> dict
 
 
 def value_errors(agent: PlannerAgent, data: Episodes) -> dict[str, float]:
-    """Bias, error and correlation of the value with the discounted return of the policy that it should foretell."""
+    """Bias, error and correlation of the value with the discounted return of the policy that it should foretell.
+
+    Nothing where no step has enough of its episode before it.
+    """
     discount = agent.config.discount
     left = int(np.ceil(np.log(TAIL) / np.log(discount)))
     returns, total = torch.zeros_like(data.reward), torch.zeros(data.reward.shape[1])
     for t in reversed(range(len(data.reward))):
         total = data.reward[t] + discount * total
         returns[t] = total
-    starts = max(1, len(data.reward) - left)
+    starts = len(data.reward) - left
+    if starts < 2:
+        return {}
     value = agent.value.values(agent.encode(data.obs[:starts]), data.action[:starts])  # (2, T', E)
     mean, truth = value.mean(0).flatten(), returns[:starts].flatten()
     return {
@@ -116,22 +131,28 @@ def diagnose(run_dir: Path, episodes: int) -> dict[str, Any]:
     return names | {"frames": frames} | {name: round(value, 4) for name, value in found.items()}
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 measured, 2 something to correct."""
     p = parser(__doc__.splitlines()[0])
     p.add_argument("run_dirs", nargs="+", type=Path)
     p.add_argument("--episodes", type=int, default=10)
     args = p.parse_args(arguments)
-    rows = [diagnose(run_dir, 2 if args.quick else args.episodes) for run_dir in args.run_dirs]
+    if args.episodes < 1:
+        p.error(f"--episodes {args.episodes}: must be at least 1")
+    try:
+        rows = [diagnose(run_dir, 2 if args.quick else args.episodes) for run_dir in args.run_dirs]
+    except (CheckpointError, ConfigError, TaskError, OSError) as error:
+        print(f"diagnose: {error}", file=sys.stderr)
+        return 2
     for row in rows:
         print(json.dumps(row, indent=1))
-    headline = {
-        name: interval([row[name] for row in rows])
-        for name in ("return, policy", "return, planner", "value minus return", "reward, 3 ahead")
-    }
+    names = ("return, policy", "return, planner", "value minus return", "reward, 3 ahead")
+    headline = {name: interval([row[name] for row in rows]) for name in names if all(name in row for row in rows)}
     better = sum(row["return, planner"] > row["return, policy"] for row in rows)
     verdict = f"The planner is above its own policy in {better} of {len(rows)} runs."
     report("diagnose", args, [row["seed"] for row in rows], rows, headline, verdict)
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

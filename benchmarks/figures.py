@@ -118,7 +118,7 @@ def main(arguments: list[str]) -> None:
         result = json.loads(path.read_text())
         for row in result["rows"] if result["benchmark"] == "returns" else []:
             by_task.setdefault(row["task"], []).append(row)
-    if args.grid:
+    if args.grid and by_task:
         print(draw_grid(by_task, args.grid, args.published))
         return
     for task, rows in by_task.items():

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from loopwm.training.run_dir import versions
+from loopwm.config import load_config, read_config
+from loopwm.training.run_dir import changed_settings, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 LOAD_AT_START = round(os.getloadavg()[0], 2)
@@ -84,7 +85,7 @@ def report(
 def training_run(
     runs: Path, task: str, dynamics: str, seed: int, frames: int, settings: Sequence[str]
 ) -> tuple[Path, list[str]]:
-    """(directory, overrides) of one run: every setting is in the name, so a kept run is never taken for another."""
+    """(directory, overrides) of one run: the settings named here are in the name, and ``train`` checks the others."""
     extra = "".join(f"_{word}" for word in settings).replace("/", "-")
     name = f"{task.replace('/', '-')}_{dynamics}_{frames}{extra}_s{seed}"
     return runs / name, [f"task={task}", f"dynamics={dynamics}", f"seed={seed}", f"frames={frames}", *settings]
@@ -104,9 +105,15 @@ def at_frames(points: list[tuple[int, float]], frames: int) -> float:
 
 
 def train(run_dir: Path, overrides: Sequence[str], core: int | None = None) -> Path:
-    """Train to the end as a user would, on one core and thread if ``core`` is given; a finished run is kept."""
+    """Train to the end as a user would, on one core and thread if ``core`` is given; a finished run is kept.
+
+    Raises:
+        RuntimeError: the run kept there had other settings (an older default, say), or training failed.
+    """
     summary = run_dir / "summary.json"
     if summary.exists() and json.loads(summary.read_text())["finished"]:
+        if changed := changed_settings(read_config(run_dir / "config.yaml"), load_config(overrides)):
+            raise RuntimeError(f"{run_dir} was run with {', '.join(changed)}: remove it, or name other --runs")
         return run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "train.py"), *overrides, f"run_dir={run_dir}", "resume=true"]

@@ -293,8 +293,15 @@ def save_config(cfg: Config, path: str | os.PathLike[str]) -> None:
     os.replace(draft, path)
 
 
+# What runs did that were begun before a field was there, where its default is something else.
+BEFORE: dict[str, dict[str, Scalar]] = {"agent": {"priority": 0.0}}
+
+
 def read_config(path: str | os.PathLike[str]) -> Config:
-    """The config that save_config wrote; fields the file lacks take their defaults. Raises ConfigError."""
+    """The config that save_config wrote. Fields the file lacks are as they were before they existed.
+
+    That is their default, but for those of ``BEFORE``. Raises ConfigError.
+    """
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -303,6 +310,9 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-45
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(f"{path}: not valid yaml" + (f" at line {mark.line + 1}" if mark else "")) from None
+    for section, values in BEFORE.items():
+        if isinstance(tree, dict) and isinstance(tree.get(section), dict):
+            tree[section] = values | tree[section]
     try:
         return _build(Config, tree)
     except ConfigError as error:

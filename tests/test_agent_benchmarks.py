@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from agents import make_agent
-from benchmarks import compare, diagnose, returns
+from benchmarks import compare, diagnose, harness, returns
 from benchmarks.diagnose import Episodes
-from loopwm.config import load_config
+from loopwm.config import load_config, save_config
 
 TINY = ["task=dmc/x-y", "size=small"]
 
@@ -38,10 +38,11 @@ def test_a_csv_of_returns_is_read_back_by_task_seed_and_frames(tmp_path):
 
 
 def test_only_tasks_and_seeds_that_all_have_are_compared(tmp_path):
-    rows = [("a", "looped", 0, 100.0), ("a", "looped", 1, 200.0), ("b", "looped", 0, 1.0), ("a", "wide", 1, 300.0)]
+    rows = [("a", "looped", seed, 100.0 * seed) for seed in range(4)] + [("b", "looped", 0, 1.0)]
+    rows += [("a", "wide", seed, 300.0) for seed in (1, 3)]
     tasks, runs = compare.matrices(compare.read_scores([write(tmp_path / "x.csv", rows)], 40_000))
     assert tasks == ["a"]
-    assert {name: m.tolist() for name, m in runs.items()} == {"looped": [[0.2]], "wide": [[0.3]]}
+    assert {name: m.tolist() for name, m in runs.items()} == {"looped": [[0.1], [0.3]], "wide": [[0.3], [0.3]]}
 
 
 def test_what_a_person_can_get_wrong_ends_in_one_line(tmp_path, capsys):
@@ -49,11 +50,19 @@ def test_what_a_person_can_get_wrong_ends_in_one_line(tmp_path, capsys):
     other = write(tmp_path / "other.csv", [("b", "wide", 0, 100.0)])
     bad = tmp_path / "bad.csv"
     bad.write_text("task,frames\na,b\n")
+    odd = tmp_path / "odd.csv"
+    odd.write_bytes(b"\xff\xfe\x00")
+    both = write(tmp_path / "both.csv", [("a", n, s, 1.0) for n in ("looped", "wide") for s in (0, 1)])
+    single = write(tmp_path / "single.csv", [("a", n, 0, 1.0) for n in ("looped", "wide")])
     cases = {
         (str(bad),): "not a CSV of benchmarks.returns",
         (str(good), "--frames", "7"): "at 7 frames",
         (str(good), str(other), "--frames", "40000"): "share no task",
-        (str(good), "--frames", "40000", "--base", "wide"): "the files have looped",
+        (str(odd),): "not a CSV of benchmarks.returns",
+        (str(good), "--frames", "40000"): "looped alone",
+        (str(single), "--frames", "40000"): "share 1 seeds",
+        (str(both), str(good), "--frames", "40000"): "is there twice",
+        (str(both), "--frames", "40000", "--base", "stacked"): "the files have looped, wide",
         (str(tmp_path / "none.csv"),): "none.csv",
     }
     for words, said in cases.items():
@@ -80,6 +89,23 @@ def test_rliable_agrees_on_a_clear_case():
     assert found["IQM, looped"]["value"] == 0.9 and found["P(looped > wide)"]["low"] == 1.0
 
 
+def test_a_run_that_cannot_be_diagnosed_ends_in_one_line(tmp_path, capsys):
+    assert diagnose.main([str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit) as ended:
+        diagnose.main([str(tmp_path), "--episodes", "0"])
+    assert ended.value.code == 2
+
+
+def test_a_kept_run_of_other_settings_is_not_passed_off(tmp_path):
+    words = ["task=dmc/a-b", "agent.tau=0.5"]
+    save_config(load_config(words), tmp_path / "config.yaml")
+    (tmp_path / "summary.json").write_text('{"finished": true}')
+    assert harness.train(tmp_path, words) == tmp_path
+    with pytest.raises(RuntimeError, match=r"was run with agent.tau=0.5 \(now 0.02\)"):
+        harness.train(tmp_path, words[:1])
+
+
 def test_unexplained_is_a_share_of_the_variance():
     truth = torch.tensor([0.0, 2.0])
     assert diagnose.unexplained(truth, truth) == 0.0
@@ -97,6 +123,8 @@ def test_a_value_is_held_against_the_return_that_followed():
     )  # of which so much may lie beyond the end
     assert found["value minus return"] == pytest.approx(-found["return, discounted"], abs=1e-2)
     assert found["values apart"] == pytest.approx(0.0, abs=1e-5)
+    short = Episodes(*(x[:3] for x in data))
+    assert diagnose.value_errors(agent, short) == {}
 
 
 def test_a_model_is_held_against_what_came_each_step_ahead():

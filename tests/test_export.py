@@ -1,12 +1,15 @@
 """An agent as one small file: acts as the run it came from, and a foreign file ends in one line."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from training_tools import SWINGUP, forbid_filming, run
+from training_tools import ROOT, SWINGUP, forbid_filming, run
 
 import evaluate
 from agents import export, load_agent, make_agent
@@ -43,6 +46,9 @@ def test_an_exported_agent_acts_as_its_run_does(run_dir, file):
 def test_every_kind_of_agent_comes_back(discrete, tmp_path):
     cfg = load_config(["task=dmc/x-y"])
     agent = make_agent(cfg, 24, 6, discrete)
+    for part in (agent.slow_model, agent.policy, agent.value):  # a fresh one would be like it without being restored
+        for parameter in part.parameters():
+            parameter.data.add_(torch.randn_like(parameter))
     path = save_exported(tmp_path / "deep" / "x.safetensors", agent, cfg, 7)
     assert path.stat().st_size < 1e6, "the default agent is meant to be small enough to ship"
     again, _, frames = load_agent(path)
@@ -50,6 +56,12 @@ def test_every_kind_of_agent_comes_back(discrete, tmp_path):
     for part in ("slow_model", "policy", "value"):
         ours, theirs = getattr(agent, part).state_dict(), getattr(again, part).state_dict()
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_it_is_a_program_that_says_one_line(run_dir, tmp_path):
+    words = [sys.executable, "-m", "agents.export", str(run_dir), str(tmp_path / "x.safetensors")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("\n") == 1
 
 
 def test_it_is_evaluated_like_a_run(file, capsys):
@@ -72,7 +84,10 @@ def test_foreign_and_broken_files_end_in_one_line(file, tmp_path, capsys):
     save_file(tensors | {"model.extra": torch.zeros(2)}, other, {k: json.dumps(v) for k, v in said.items()})
     for path in (torn, foreign, tmp_path / "none.safetensors"):
         assert "is not an agent that" in says([path], capsys)
-    assert "do not fit" in says([other], capsys)
+    assert "does not fit" in says([other], capsys)
+    for odd in ({"dims": [3, 1]}, {"frames": None}, {"acted": "x"}, {"dims": [3, -1, False]}, {"format": "loopwm-9"}):
+        save_file(tensors, other, {k: json.dumps(v) for k, v in (said | odd).items()})
+        assert "is not an agent that" in says([other], capsys)
     broken = to_dict(cfg) | {"frames": -1}
     save_file(tensors, other, {k: json.dumps(v) for k, v in (said | {"config": broken}).items()})
     assert "frames=-1" in says([other], capsys)
@@ -81,5 +96,7 @@ def test_foreign_and_broken_files_end_in_one_line(file, tmp_path, capsys):
 def test_what_cannot_be_exported_ends_in_one_line(run_dir, tmp_path, capsys):
     assert "ends in .safetensors" in says([run_dir, tmp_path / "x.pt"], capsys, export.main)
     assert "not a run directory" in says([tmp_path, tmp_path / "x.safetensors"], capsys, export.main)
+    with pytest.raises(OSError, match="x.safetensors"):
+        save_exported(Path("/proc/x.safetensors"), *load_agent(run_dir))
     with pytest.raises(CheckpointError, match="not an agent"):
         load_agent(tmp_path / "none.safetensors")

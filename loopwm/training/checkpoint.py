@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, the last two kept, loaded without running anyone's code.
 
 checkpoints/
-  00005000/state.pt      everything but the replay; its name is the env frame
+  00005000/state.pt      everything but the rows of the replay; its name is the env frame
   00010000/state.pt
   replay/0-2500.npz      rows [0, 2500) of every stream; a row is written once and shared by the checkpoints
   replay/2500-5000.npz

@@ -40,6 +40,17 @@ class Priorities:
         self._weight.reshape(-1)[: self.count] = weight
         self._sum[:] = self._weight.sum(1, dtype=np.float64)
 
+    def draw_alike(self, size: int, rng: np.random.Generator) -> np.ndarray:
+        """Entries (size,), each that has a weight as likely as the next; looks at all of them, so for the log alone.
+
+        Raises:
+            ValueError: every weight is zero.
+        """
+        held = np.flatnonzero(self.weight)
+        if not held.size:
+            raise ValueError("every priority is zero")
+        return held[rng.integers(held.size, size=size)]
+
     def draw(self, size: int, rng: np.random.Generator) -> np.ndarray:
         """Entries (size,) in proportion to their weights, with replacement; never one of weight zero.
 
@@ -53,7 +64,7 @@ class Priorities:
         # Rounding may put the goal at the very end, or at the end of its block: the last entry with weight is meant.
         block = np.minimum(np.searchsorted(reached, goal, side="right"), np.searchsorted(reached, reached[-1]))
         inside = np.cumsum(self._weight[block], 1, dtype=np.float64)  # (size, BLOCK)
-        left = goal - (reached[block] - self._sum[block])
+        left = np.maximum(goal - (reached[block] - self._sum[block]), 0.0)  # below zero by rounding alone
         entry = (inside <= left[:, None]).sum(1)
         entry = np.minimum(entry, (inside >= inside[:, -1:]).argmax(1))
         return block * BLOCK + entry

@@ -119,13 +119,15 @@ class Replay:
         self.priorities.set(start, priority)
 
     def refresh_priority(self) -> None:
-        """From now on new transitions get the largest priority that is held (LAP, 2007.06049, section 4.1)."""
+        """From now on new transitions get the largest priority that is held (as TD7 does, 2306.02451)."""
         self.new_priority = float(self.priorities.weight.max()) or 1.0
 
-    def sample(self, batch_size: int, length: int, rng: np.random.Generator | None = None) -> Batch:
+    def sample(
+        self, batch_size: int, length: int, rng: np.random.Generator | None = None, *, uniform: bool = False
+    ) -> Batch:
         """Draw ``batch_size`` sequences of ``length`` steps by the priorities of the transitions that begin them.
 
-        ``rng`` replaces the replay's own stream, for looking without disturbing training.
+        ``rng`` replaces the replay's own stream, for looking without disturbing training; ``uniform`` draws all alike.
         A sequence that meets its episode's end (or the newest row) is padded by its last row, and masked.
 
         Raises:
@@ -133,7 +135,8 @@ class Replay:
         """
         held, oldest = len(self), self.total - len(self)
         try:
-            start = self.priorities.draw(batch_size, rng or self.rng)
+            draw = self.priorities.draw_alike if uniform else self.priorities.draw
+            start = draw(batch_size, rng or self.rng)
         except ValueError:
             raise ValueError("the replay holds no transition yet") from None
         row, stream = np.divmod(start, self.num_envs)

@@ -39,7 +39,7 @@ def open_run(cfg: Config) -> tuple[Path, IO[str]]:
     if saved.exists():
         if not cfg.resume:
             raise CheckpointError(f"{run_dir} already holds a run: add resume=true to go on, or choose another run_dir")
-        changed = _changes(read_config(saved), cfg)
+        changed = changed_settings(read_config(saved), cfg)
         if changed:
             raise ConfigError(f"{run_dir} was begun with {'; '.join(changed)}: resume it with the same settings")
     return run_dir, lock
@@ -64,12 +64,13 @@ def _newest_run(cfg: Config) -> Path | None:
     found = sorted(Path("runs").glob(f"{glob.escape(_slug(cfg))}*/config.yaml"), reverse=True)
     for path in found:
         with contextlib.suppress(ConfigError):  # a broken config is not the one
-            if not _changes(read_config(path), cfg):
+            if not changed_settings(read_config(path), cfg):
                 return path.parent
     return None
 
 
-def _changes(old: Config, new: Config) -> list[str]:
+def changed_settings(old: Config, new: Config) -> list[str]:
+    """What differs of the settings that make a run what it is, as "key=old (now new)"."""
     before, after = flatten(old), flatten(new)
     return [
         f"{key}={before.get(key)} (now {value})"
