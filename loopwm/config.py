@@ -125,7 +125,7 @@ class TaskConfig(Section):
 
     def check(self) -> None:
         """The id has its suite's form."""
-        forms = {"dmc": r"dmc/\w+-\w+", "gym": r"gym/\S+"}
+        forms = {"dmc": r"dmc/\w+(-\w+)+", "gym": r"gym/\S+"}
         if not self.id.startswith(f"{self.suite}/"):
             raise ConfigError(f"task.id={self.id!r}: not of suite {self.suite}; write task=SUITE/ID instead")
         if not re.fullmatch(forms[self.suite], self.id):

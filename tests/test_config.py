@@ -142,6 +142,7 @@ def test_the_fast_agent_is_the_planner_with_fewer_updates_of_the_model() -> None
     [
         ("task=dmc/walker-walk", "dmc", "dmc/walker-walk"),
         ("task=dmc/ball_in_cup-catch", "dmc", "dmc/ball_in_cup-catch"),
+        ("task=dmc/finger-turn-easy", "dmc", "dmc/finger-turn-easy"),
         ("task=gym/CartPole-v1", "gym", "gym/CartPole-v1"),
         ("task=gym/ALE/Pong-v5", "gym", "gym/ALE/Pong-v5"),
     ],
