@@ -7,6 +7,7 @@ by ``load_agent`` and ``evaluate.py`` wherever a run directory is; training cann
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -35,7 +36,9 @@ def save_exported(path: Path, agent: Any, cfg: Config, frames: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _acting(agent).items()}
     dims = [agent.obs_dim, agent.action_dim, agent.discrete]
-    said = {"format": FORMAT, "config": to_dict(cfg), "dims": dims, "frames": frames, "acted": agent.acted}
+    here = {"run_dir": "", "resume": False}  # where it was trained is nobody else's business
+    config = to_dict(dataclasses.replace(cfg, **here, replay=dataclasses.replace(cfg.replay, path="")))
+    said = {"format": FORMAT, "config": config, "dims": dims, "frames": frames, "acted": agent.acted}
     draft = path.with_name(f".{path.name}.tmp")
     try:
         save_file(tensors, draft, {name: json.dumps(value) for name, value in said.items()})

@@ -52,11 +52,12 @@ def main(arguments: list[str]) -> None:
     p.add_argument("--seeds", type=int, default=5)
     p.add_argument("--frames", type=int, default=100_000, help="give up there")
     p.add_argument("--dynamics", default="looped")
+    p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings, such as agent=fast")
     args = p.parse_args(arguments)
     seeds = range(2 if args.quick else args.seeds)
     rows = []
     for seed in seeds:
-        words = [f"task={args.task}", f"dynamics={args.dynamics}", f"seed={seed}", f"frames={args.frames}"]
+        words = [f"task={args.task}", f"dynamics={args.dynamics}", f"seed={seed}", f"frames={args.frames}", *args.set]
         row = {"seed": seed} | timed_run(args.runs / f"time_{args.dynamics}_s{seed}", words, args.score)
         rows.append(row)
         print(row, flush=True)

@@ -20,7 +20,7 @@ def load(name: str, task: str, render: bool) -> gymnasium.Env:
     """Make the suite's env called `name`: <domain>-<task>, where dashes and underscores mean the same.
 
     Args:
-        name: as in "finger-turn_easy"; "cup-catch" is "ball_in_cup-catch".
+        name: as in "finger-turn-easy"; "cup-catch" is "ball_in_cup-catch".
         task: the full name, for error messages.
         render: frames are wanted.
 
