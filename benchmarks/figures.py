@@ -54,8 +54,9 @@ def panel(axes: plt.Axes, task: str, rows: list[dict], anchors: dict[str, list[t
     for method, points in anchors.items():
         near = [point for point in points if point[0] <= furthest]
         if near:
-            axes.plot(*zip(*near, strict=True), "--o", ms=3, color=ANCHORS[method], label=method)
-    axes.set(xlabel="env frames", ylabel="evaluation return", title=task, xlim=(0, furthest))
+            axes.plot(*zip(*near, strict=True), "--o", ms=4, color=ANCHORS[method], label=method)
+    axes.set(xlabel="env frames", ylabel="evaluation return", title=task, xlim=(0, 1.04 * furthest))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
     axes.grid(alpha=0.25)
 
 
