@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 
 import torch
@@ -91,26 +94,23 @@ def load_agent(
     """
     from agents.export import SUFFIX, read_exported, restore_exported  # here, so that it can be run as a program too
 
-    path = Path(run_dir)
-    exported = path.suffix == SUFFIX and not path.is_dir()
-    if exported:
+    path, target = Path(run_dir), resolve_device(device)
+    restore: Callable[[Agent], None]
+    if path.suffix == SUFFIX and not path.is_dir():
         tensors, said, cfg = read_exported(path)
         frames, dims = said["frames"], said["dims"]
+        restore = partial(restore_exported, tensors=tensors, acted=said["acted"])
     else:
         cfg, frames = read_run(path)
+        state = Checkpoints(path).load(frames, device=target)
+        dims = state["dims"]
+        restore = methodcaller("load_state_dict", state["agent"])
     changes = {"plan_loops": plan_loops, "plan_samples": plan_samples}
     changes = {name: value for name, value in changes.items() if value is not None}
     cfg = dataclasses.replace(cfg, agent=dataclasses.replace(cfg.agent, **changes))
-    target = resolve_device(device)
-    if not exported:
-        state = Checkpoints(path).load(frames, device=target)
-        dims = state["dims"]
     try:
         agent = make_agent(cfg, *dims, device=target)
-        if exported:
-            restore_exported(agent, tensors, said["acted"])
-        else:
-            agent.load_state_dict(state["agent"])
+        restore(agent)
     except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"{run_dir}: its checkpoint does not fit its config ({reason})") from None

@@ -206,9 +206,10 @@ class PlannerAgent:
             z = self.encode(obs[0])  # (B, Z)
             z_end = self.encode(obs[n])  # (B, Z); the last row of shorter sequences, by padding
             target = self._value_target(z_end, reward[:n], terminated[:n], mask[:n])  # (B,)
-        found, error = self._update_value(z, action[0], target)
+        found, logits = self._update_value(z, action[0], target)
         metrics |= found
         if c.priority:
+            error = (self.value.code.decode(logits) - target).abs().amax(0)  # (B,), the larger of the two values'
             self._prioritise(replay, batch.start, error)
         if self.updates % c.policy_every == 0:
             metrics |= self._update_policy(z)
@@ -270,14 +271,17 @@ class PlannerAgent:
         return returns + bootstrap * value
 
     def _update_value(self, z: Tensor, action: Tensor, target: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """(metrics, how far the values were off (B,), the larger of the two)."""
+        """(metrics, the logits (E, B, bins) before the step)."""
         logits = self.value(z, action)  # (E, B, bins)
         loss = self.value.code.loss(logits, target.expand(logits.shape[0], -1)).sum(0).mean()
         self.value_optimizer.zero_grad()
         loss.backward()
         norm = self.value_optimizer.step()
-        error = (self.value.code.decode(logits.detach()) - target).abs().amax(0)  # (B,)
-        return {"loss/value": loss.detach(), "loss/value_gradient": norm, "train/value_target": target.mean()}, error
+        return {
+            "loss/value": loss.detach(),
+            "loss/value_gradient": norm,
+            "train/value_target": target.mean(),
+        }, logits.detach()
 
     def _update_policy(self, z: Tensor) -> dict[str, Tensor]:
         """Follow dQ1/da (TD3, 1802.09477); a small penalty keeps the policy off its saturation."""
