@@ -1,13 +1,17 @@
 """The benchmarks of agents: what they read, and figures whose answer is known."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from training_tools import CARTPOLE, forbid_filming, run
 
 from agents import make_agent
-from benchmarks import compare, diagnose, harness, returns
+from benchmarks import branches, compare, diagnose, harness, returns
 from benchmarks.diagnose import Episodes
-from loopwm.config import load_config, save_config
+from loopwm.config import load_config, read_config, save_config
+from loopwm.training.run_dir import changed_settings
 
 TINY = ["task=dmc/x-y", "size=small"]
 
@@ -140,3 +144,37 @@ def test_a_model_is_held_against_what_came_each_step_ahead():
     assert found["reward, 3 ahead"] > 0.1  # the observations are noise: the model cannot know them ahead
     late = Episodes(obs, action, torch.roll(reward.detach(), 1, 0))
     assert diagnose.model_errors(agent, late, 4)["reward, 1 ahead"] > 0.1
+
+
+def test_a_branch_goes_on_from_the_checkpoint_of_its_run(tmp_path, monkeypatch, capsys):
+    forbid_filming(monkeypatch)
+    words = [*CARTPOLE, "frames=60", "eval_every=30", "checkpoint_every=30", "eval_episodes=1"]
+    assert run(tmp_path / "run", *words) == 0
+    options = ["--frames", "40", "--runs", str(tmp_path / "kept"), "--jobs", "1", "--json", str(tmp_path / "found")]
+    branches.main([str(tmp_path / "run"), "--set-change", "slow=agent.learning_rate=1e-9", *options])
+    found = json.loads((tmp_path / "found").read_text())
+    assert [(row["change"], row["from"]) for row in found["rows"]] == [("unchanged", 60), ("slow", 60)]
+    assert all(row["return"] > 0 for row in found["rows"])
+    configs = [read_config(tmp_path / "kept" / "branches" / f"run__{name}_40" / "config.yaml") for name in
+               ("unchanged", "slow")]  # fmt: skip
+    assert [cfg.agent.learning_rate for cfg in configs] == [1e-3, 1e-9]
+    assert {changed.partition("=")[0] for changed in changed_settings(*configs)} == {"agent.learning_rate"}
+    for name in ("unchanged", "slow"):
+        frames = [at for at, _ in harness.curve(tmp_path / "kept" / "branches" / f"run__{name}_40")]
+        assert frames == [30, 60, 80, 100]
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--change", "one_step_returns"], "is not a run directory"),
+        (["--change", "nothing_such"], "choose from"),
+        (["--set-change", "more=agent.update_ratio=2"], "cannot change in the middle of a run"),
+        (["--change", "fast"], "cannot change in the middle of a run"),
+        ([], "name a --change or a --set-change"),
+    ],
+)
+def test_a_branch_that_cannot_be_made_ends_in_one_line(tmp_path, capsys, words, complaint):
+    with pytest.raises(SystemExit) as ended:
+        branches.main([str(tmp_path / "none"), *words, "--runs", str(tmp_path)])
+    assert ended.value.code == 2 and complaint in capsys.readouterr().err
