@@ -80,6 +80,5 @@ class EMATarget:
         self.online, self.target, self.tau = online.flat.detach(), flatten_parameters([module]), tau
         self.target.copy_(self.online)
 
-    def update(self, times: int = 1) -> None:
-        """Move towards the online vector as far as ``times`` steps of ``tau`` would."""
-        self.target.lerp_(self.online, 1.0 - (1.0 - self.tau) ** times)
+    def update(self) -> None:
+        self.target.lerp_(self.online, self.tau)

@@ -65,7 +65,8 @@ class PlannerAgent:
         self.targets = {
             "value": EMATarget(self.value_optimizer, self.value_target, c.tau),
             "policy": EMATarget(self.policy_optimizer, self.policy_target, c.tau),
-            "model": EMATarget(self.model_optimizer, self.slow_model, c.model_tau),
+            # The model moves once in ``model_every`` updates, and so does its slow copy: the same pace by the frame.
+            "model": EMATarget(self.model_optimizer, self.slow_model, 1.0 - (1.0 - c.model_tau) ** c.model_every),
         }
         self.generator = torch.Generator(device).manual_seed(seed)
         self.depth_generator = torch.Generator().manual_seed(seed + 1)
@@ -194,13 +195,12 @@ class PlannerAgent:
         batch = replay.sample(c.batch_size, length)
         obs, action, reward, terminated, mask = (torch.as_tensor(x, device=self.device) for x in batch[:5])
         metrics: dict[str, Tensor] = {}
-        every = c.warmup_model_every if self.updates < c.warmup_updates else c.model_every
-        if self.updates % every == 0:
+        if self.updates % c.model_every == 0:
             b, h = c.model_batch_size, c.horizon
             metrics |= self._update_model(
                 obs[: h + 1, :b], action[:h, :b], reward[:h, :b], terminated[:h, :b], mask[:h, :b]
             )
-            self.targets["model"].update(every)  # the same pace by the frame, however often the model moves
+            self.targets["model"].update()
         n = c.n_step
         with torch.no_grad():
             z = self.encode(obs[0])  # (B, Z)

@@ -198,8 +198,6 @@ class PlannerConfig(Section):
     batch_size: Count = 128  # B, subsequences in one update of value and policy, count
     model_batch_size: Count = 64  # how many of them train the world model, count
     model_every: Count = 1  # updates of value and policy for one of the world model, count
-    warmup_updates: Whole = 12_500  # first updates, in which there is little yet to learn a model from, count
-    warmup_model_every: Count = 4  # what model_every is during the warm-up, count
     policy_every: Count = 2  # updates of the value for one of the policy (TD3's delay), count
     update_ratio: Positive = 1.0  # gradient updates for one agent step, count
     learning_rate: Positive = 1e-3  # Adam's step size, no unit
@@ -296,7 +294,7 @@ def save_config(cfg: Config, path: str | os.PathLike[str]) -> None:
 
 
 # What runs did that were begun before a field was there, where its default is something else.
-BEFORE: dict[str, dict[str, Scalar]] = {"agent": {"priority": 0.0, "warmup_updates": 0}}
+BEFORE: dict[str, dict[str, Scalar]] = {"agent": {"priority": 0.0}}
 
 
 def read_config(path: str | os.PathLike[str]) -> Config:

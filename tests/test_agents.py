@@ -24,7 +24,7 @@ SMALL = {
     "policy_dim": 16, "value_dim": 16, "head_dim": 16, "batch_size": 12, "model_batch_size": 6, "horizon": 2,
     "seed_steps": 10, "update_ratio": 0.5, "plan_samples": 40, "plan_horizon": 3, "plan_loops": 2,
     "plan_iterations": 2, "plan_collect": False, "model_every": 1, "policy_every": 1, "discount": 0.5,
-    "n_step": 3, "warmup_updates": 0,
+    "n_step": 3,
 }  # fmt: skip
 
 
@@ -532,24 +532,6 @@ def test_parts_are_updated_as_often_as_configured():
         rows.append(changed(before, weights(agent)) & online)
     value, model, policy = {"value"}, {"model", "value"}, {"policy", "value"}
     assert rows == [online, value, model, policy, model, value]
-
-
-def test_the_model_is_updated_less_often_while_warming_up():
-    agent, replay, moved = make(warmup_updates=5, warmup_model_every=3, model_every=1), filled_replay(), []
-    for _ in range(7):
-        before = weights(agent)
-        agent.update(replay)
-        moved.append("model" in changed(before, weights(agent)))
-    assert moved == [True, False, False, True, False, True, True]
-
-
-def test_the_slow_model_keeps_its_pace_however_often_the_model_moves():
-    agent, replay = make(model_tau=0.2, warmup_updates=1, warmup_model_every=3, model_every=1), filled_replay()
-    for share in (1.0 - 0.8**3, 0.2):  # in the warm-up, and after it
-        before = weights(agent)["target/model"]
-        agent.update(replay)
-        after = weights(agent)
-        torch.testing.assert_close(after["target/model"], before.lerp(after["model"], share))
 
 
 def test_each_loss_trains_its_own_part():

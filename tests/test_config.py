@@ -123,19 +123,18 @@ def test_every_group_option_builds(group: str, option: str) -> None:
     assert part is None or option in (getattr(part, "name", None), getattr(part, "suite", None), "fast")
 
 
-@pytest.mark.parametrize("name", ["priority", "warmup_updates"])
-def test_a_config_from_before_a_field_is_read_as_what_its_run_did(tmp_path, name) -> None:
+def test_a_config_from_before_priorities_is_read_as_what_its_run_did(tmp_path) -> None:
     path = tmp_path / "config.yaml"
     save_config(load_config([]), path)
-    assert getattr(read_config(path).agent, name) == getattr(load_config([]).agent, name) > 0
-    path.write_text("".join(line for line in path.read_text().splitlines(True) if name not in line))
-    assert getattr(read_config(path).agent, name) == 0
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "priority" not in line))
+    assert read_config(path).agent.priority == 0.0
+    save_config(load_config([]), path)
+    assert read_config(path).agent.priority == load_config([]).agent.priority > 0.0
 
 
 def test_the_fast_agent_is_the_planner_with_fewer_updates_of_the_model() -> None:
     fast, default = load_config(["agent=fast"]).agent, load_config([]).agent
     assert fast.name == default.name == "planner" and fast.model_every > default.model_every
-    assert fast.warmup_updates == 0  # its pace is the same throughout
 
 
 @pytest.mark.parametrize(
