@@ -28,7 +28,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "small_penalty": ("agent.policy_penalty=1e-4",),
     "large_penalty": ("agent.policy_penalty=4e-3",),
     "white_noise": ("agent.explore_std=0.2", "agent.explore_std_final=0.2", "agent.explore_correlation=0"),
-    "planner_collects": ("agent.plan_collect=true",),
+    "policy_collects": ("agent.plan_collect=false",),
     "policy_alone": ("agent.plan_samples=0",),
     "wide_latent": ("encoder.latent_dim=128",),
     "fixed_depth": ("dynamics.depth_sampler=fixed",),

@@ -227,7 +227,7 @@ class PlannerConfig(Section):
     plan_std_final: Share = 0.15  # its last spread, reached with explore_decay_steps, action units
     plan_loops: Whole = 4  # loops in each prediction while planning; 0: adaptive
     plan_policy_std: NonNegative = 0.2  # spread of the perturbed policy sequences of a plan, action units
-    plan_collect: bool = False  # plan while collecting training data too, yes or no; no: the policy collects
+    plan_collect: bool = True  # plan while collecting training data too, yes or no; no: the policy collects
 
 
 @dataclass(frozen=True)
