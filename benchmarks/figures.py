@@ -73,7 +73,11 @@ def draw_grid(by_task: dict[str, list[dict]], path: Path, csv_file: Path | None)
     lines = -(-len(by_task) // 4)
     figure, panels = plt.subplots(lines, 4, figsize=(15, 3.2 * lines), dpi=110, squeeze=False)
     for axes, (task, rows) in zip(panels.flat, by_task.items(), strict=False):
-        panel(axes, task.removeprefix("dmc/"), rows, published(csv_file, task))
+        panel(axes, task, rows, published(csv_file, task))
+        seeds = len({row["seed"] for row in rows})
+        axes.set_title(f"{task.removeprefix('dmc/')} ({seeds} seed{'s' * (seeds > 1)})")
+        for line in axes.get_lines():  # one legend speaks for panels of different seeds
+            line.set_label(line.get_label().partition(" (")[0])
     for axes in panels.flat[len(by_task) :]:
         axes.axis("off")
     for axes in panels[:, 1:].flat:

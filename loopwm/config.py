@@ -13,6 +13,7 @@ import difflib
 import math
 import os
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
@@ -371,6 +372,9 @@ def _split(overrides: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     return choices, values
 
 
+_COMPOSING = threading.Lock()  # Hydra keeps what it composes with in a global
+
+
 def _compose(choices: Mapping[str, str]) -> dict[str, Any]:
     """Hydra's composition of configs/config.yaml with these choices, as plain dicts."""
     # Imported here: reading a saved config needs no Hydra.
@@ -380,7 +384,7 @@ def _compose(choices: Mapping[str, str]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        with _COMPOSING, initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             composed = compose("config", [f"{group}={option}" for group, option in choices.items()])
         return OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:

@@ -110,6 +110,15 @@ def test_a_kept_run_of_other_settings_is_not_passed_off(tmp_path):
         harness.train(tmp_path, words[:1])
 
 
+def test_kept_runs_are_looked_at_side_by_side(tmp_path, capsys):
+    jobs = {tmp_path / f"{seed}": ["task=dmc/a-b", f"seed={seed}"] for seed in range(8)}
+    for folder, words in jobs.items():
+        save_config(load_config(words), folder / "config.yaml")
+        (folder / "summary.json").write_text('{"finished": true}')
+    harness.train_all(jobs, 8)
+    assert capsys.readouterr().out.count("no evaluation") == 8
+
+
 def test_unexplained_is_a_share_of_the_variance():
     truth = torch.tensor([0.0, 2.0])
     assert diagnose.unexplained(truth, truth) == 0.0
