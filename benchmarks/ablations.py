@@ -30,6 +30,8 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "white_noise": ("agent.explore_std=0.2", "agent.explore_std_final=0.2", "agent.explore_correlation=0"),
     "policy_collects": ("agent.plan_collect=false",),
     "policy_alone": ("agent.plan_samples=0",),
+    "fewer_plans": ("agent.plan_samples=64",),
+    "more_plans": ("agent.plan_iterations=3",),
     "wide_latent": ("encoder.latent_dim=128",),
     "fixed_depth": ("dynamics.depth_sampler=fixed",),
     "two_loops": ("dynamics.mean_loops=2",),

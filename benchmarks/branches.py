@@ -48,7 +48,8 @@ def branch(run: Path, folder: Path, frames: int, words: tuple[str, ...]) -> tupl
     if not folder.exists():
         draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         draft.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(run, draft, ignore=shutil.ignore_patterns("summary.json", "events.*", ".lock", "config.yaml"))
+        rest = shutil.ignore_patterns("summary.json", "events.*", ".lock", "config.yaml", "videos", "train.log")
+        shutil.copytree(run, draft, ignore=rest)
         draft.rename(folder)
     return folder, overrides
 
