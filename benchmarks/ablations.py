@@ -7,6 +7,7 @@ python -m benchmarks.ablations --set-change slow="agent.tau=0.005 agent.model_ta
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import numpy as np
@@ -55,10 +56,13 @@ def paired(mine: list[float], base: list[float]) -> dict[str, float]:
     return {"value": round(value, 3), "low": round(float(bounds.low), 3), "high": round(float(bounds.high), 3)}
 
 
-def parse_changes(words: list[str]) -> dict[str, tuple[str, ...]]:
-    """NAME=WORDS -> {NAME: the words}."""
+def own_changes(p: ArgumentParser, words: list[str], unchanged: str) -> dict[str, tuple[str, ...]]:
+    """NAME=WORDS -> {NAME: the words}; ends with one line where a name has none, or is taken."""
     pairs = (word.partition("=") for word in words)
-    return {name: tuple(settings.split()) for name, _, settings in pairs}
+    own = {name: tuple(settings.split()) for name, _, settings in pairs}
+    if bad := [name for name, settings in own.items() if not settings or name in CHANGES or name == unchanged]:
+        p.error(f'--set-change {bad[0]!r}: needs NAME="KEY=VALUE ...", and a name that is not taken')
+    return own
 
 
 def main(arguments: list[str]) -> None:
@@ -69,9 +73,7 @@ def main(arguments: list[str]) -> None:
     p.add_argument("--change", nargs="*", default=None, choices=CHANGES, metavar="NAME", help=", ".join(CHANGES))
     p.add_argument("--set-change", nargs="*", default=[], metavar='NAME="KEY=VALUE ..."', help="a change of your own")
     args = p.parse_args(arguments)
-    own = parse_changes(args.set_change)
-    if bad := [name for name, words in own.items() if not words or name in CHANGES or name == "default"]:
-        p.error(f'--set-change {bad[0]!r}: needs NAME="KEY=VALUE ...", and a name that is not taken')
+    own = own_changes(p, args.set_change, "default")
     names = args.change if args.change is not None else ([] if own else list(CHANGES))
     changes = {"default": ()} | {name: CHANGES[name] for name in names} | own
     seeds = range(2 if args.quick else args.seeds)

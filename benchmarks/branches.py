@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.ablations import CHANGES, parse_changes
+from benchmarks.ablations import CHANGES, own_changes
 from benchmarks.harness import curve, interval, parser, report, train_all
 from loopwm.config import Config, ConfigError, flatten, load_config
 from loopwm.training.checkpoint import CheckpointError
@@ -29,29 +29,18 @@ REFUSED = ("agent.update_ratio", "seed")
 
 
 def as_words(cfg: Config) -> list[str]:
-    """The command line that gives ``cfg``."""
-    flat = {key: value for key, value in flatten(cfg).items() if not key.startswith("task.") and key != "run_dir"}
-    return [f"task={cfg.task.id}", f"task.action_repeat={cfg.task.action_repeat}"] + [
-        f"{key}={value}" for key, value in flat.items()
-    ]
+    """The command line that gives ``cfg``, but for its directory."""
+    told = ("task.suite", "task.id", "run_dir")  # the first two by task=
+    return [f"task={cfg.task.id}", *(f"{key}={value}" for key, value in flatten(cfg).items() if key not in told)]
 
 
-def branch(run: Path, folder: Path, frames: int, words: tuple[str, ...]) -> tuple[Path, list[str]]:
-    """(directory, overrides) of a copy of ``run`` that goes on for ``frames`` with ``words``; copied where it is new.
-
-    Raises:
-        CheckpointError, ConfigError: not a run, or words that are not settings.
-    """
-    cfg, at = read_run(run)
-    overrides = [*as_words(cfg), *words, f"frames={at + frames}", f"eval_every={max(1, frames // 2)}"]
-    load_config(overrides)
+def branch(run: Path, folder: Path) -> None:
+    """Copy what ``run`` goes on from, where there is no copy yet."""
     if not folder.exists():
         draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        rest = shutil.ignore_patterns("summary.json", "events.*", ".lock", "config.yaml", "videos", "train.log")
-        shutil.copytree(run, draft, ignore=rest)
+        shutil.copytree(run / "checkpoints", draft / "checkpoints")
+        shutil.copy(run / "metrics.jsonl", draft)
         draft.rename(folder)
-    return folder, overrides
 
 
 def gained(run_dir: Path, after: int) -> float:
@@ -61,14 +50,9 @@ def gained(run_dir: Path, after: int) -> float:
 
 def read_changes(p: ArgumentParser, named: list[str], own: list[str]) -> dict[str, tuple[str, ...]]:
     """What the command line asks for; ends with one line where it cannot be done."""
-    try:
-        changes = {name: CHANGES[name] for name in named} | parse_changes(own)
-    except KeyError as error:
-        p.error(f"--change {error.args[0]!r}: choose from {', '.join(CHANGES)}")
+    changes = {name: CHANGES[name] for name in named} | own_changes(p, own, UNCHANGED)
     for name, words in changes.items():
-        keys = {word.partition("=")[0] for word in words}
-        if not words or name == UNCHANGED:
-            p.error(f'--set-change {name!r}: needs NAME="KEY=VALUE ..."')
+        keys = (word.partition("=")[0] for word in words)
         if bad := [key for key in keys if key in REFUSED or "." not in key]:
             p.error(f"{name}: {bad[0]} cannot change in the middle of a run")
     if not changes:
@@ -80,35 +64,39 @@ def main(arguments: list[str]) -> None:
     p = parser(__doc__.splitlines()[0])
     p.add_argument("run", type=Path, nargs="+", help="finished runs, each with a checkpoint")
     p.add_argument("--frames", type=int, default=20_000, help="how far each branch goes on, env frames")
-    p.add_argument("--change", nargs="*", default=[], metavar="NAME", help=f"of {', '.join(CHANGES)}")
+    p.add_argument("--change", nargs="*", default=[], choices=CHANGES, metavar="NAME", help=", ".join(CHANGES))
     p.add_argument("--set-change", nargs="*", default=[], metavar='NAME="KEY=VALUE ..."', help="a change of your own")
     args = p.parse_args(arguments)
     changes = read_changes(p, args.change, args.set_change)
     frames, folder = min(args.frames, 4000) if args.quick else args.frames, args.runs / "branches"
+    jobs: dict[tuple[Path, str], tuple[Path, list[str]]] = {}
     try:
-        starts = {run: read_run(run)[1] for run in args.run}
-        jobs = {
-            (run, name): branch(run, folder / f"{run.resolve().name}__{name}_{frames}", frames, words)
-            for run in args.run
-            for name, words in changes.items()
-        }
+        found = {run: read_run(run) for run in args.run}
+        for run, (cfg, at) in found.items():
+            for name, words in changes.items():
+                length = [f"frames={at + frames}", f"eval_every={max(1, frames // 2)}"]
+                overrides = [*as_words(cfg), *words, *length]
+                load_config(overrides)  # before anything is copied or trained
+                jobs[run, name] = folder / f"{run.resolve().name}__{name}_{frames}", overrides
     except (CheckpointError, ConfigError) as error:
         p.error(str(error))
+    for (run, _), (copy, _) in jobs.items():
+        branch(run, copy)
     train_all(dict(jobs.values()), args.jobs)
 
     rows, headline = [], {}
     for name, words in changes.items():
-        gains = [gained(jobs[run, name][0], starts[run]) for run in args.run]
+        gains = [gained(jobs[run, name][0], found[run][1]) for run in args.run]
         rows += [
-            {"run": str(run), "from": starts[run], "change": name, "words": words, "return": value}
+            {"run": str(run), "from": found[run][1], "change": name, "words": words, "return": value}
             for run, value in zip(args.run, gains, strict=True)
         ]
         if name == UNCHANGED:
             base = gains
         else:
             headline[f"{name} - {UNCHANGED}"] = interval(np.subtract(gains, base))
-    found = "; ".join(f"{name} {figure['value']:+.0f}" for name, figure in headline.items())
-    verdict = f"Mean return over the {frames} frames after a checkpoint, over {len(args.run)} runs: {found}."
+    differences = "; ".join(f"{name} {figure['value']:+.0f}" for name, figure in headline.items())
+    verdict = f"Mean return over the {frames} frames after a checkpoint, over {len(args.run)} runs: {differences}."
     report("branches", args, [], rows, headline, verdict)
 
 

@@ -37,8 +37,14 @@ def published(path: Path | None, task: str) -> dict[str, list[tuple[int, float]]
     return curves
 
 
-def panel(axes: plt.Axes, task: str, rows: list[dict], anchors: dict[str, list[tuple[int, float]]]) -> None:
-    """One task: mean and range over seeds of each dynamics, and published means as dashed lines."""
+def count(seeds: int) -> str:
+    return f"{seeds} seed{'s' * (seeds > 1)}"
+
+
+def panel(
+    axes: plt.Axes, title: str, rows: list[dict], anchors: dict[str, list[tuple[int, float]]], counted: bool = True
+) -> None:
+    """One task: mean and range over seeds of each dynamics, how many where ``counted``; published means dashed."""
     furthest = 0
     for name, color in COLORS.items():
         curves = [row["curve"] for row in rows if row["dynamics"] == name]
@@ -47,15 +53,15 @@ def panel(axes: plt.Axes, task: str, rows: list[dict], anchors: dict[str, list[t
         length = min(len(c) for c in curves)
         x = np.array([point[0] for point in curves[0][:length]])
         y = np.array([[point[1] for point in c[:length]] for c in curves])  # (seeds, evaluations)
-        seeds = f"{len(curves)} seed{'s' * (len(curves) > 1)}"
-        axes.plot(x, y.mean(0), color=color, label=f"{name} ({seeds})", marker="." if len(x) < 8 else None)
+        label = f"{name} ({count(len(curves))})" if counted else name
+        axes.plot(x, y.mean(0), color=color, label=label, marker="." if len(x) < 8 else None)
         axes.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, linewidth=0)
         furthest = max(furthest, x[-1])
     for method, points in anchors.items():
         near = [point for point in points if point[0] <= furthest]
         if near:
             axes.plot(*zip(*near, strict=True), "--o", ms=4, color=ANCHORS[method], label=method)
-    axes.set(xlabel="env frames", ylabel="evaluation return", title=task, xlim=(0, 1.04 * furthest))
+    axes.set(xlabel="env frames", ylabel="evaluation return", title=title, xlim=(0, 1.04 * furthest))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
     axes.grid(alpha=0.25)
 
@@ -73,11 +79,8 @@ def draw_grid(by_task: dict[str, list[dict]], path: Path, csv_file: Path | None)
     lines = -(-len(by_task) // 4)
     figure, panels = plt.subplots(lines, 4, figsize=(15, 3.2 * lines), dpi=110, squeeze=False)
     for axes, (task, rows) in zip(panels.flat, by_task.items(), strict=False):
-        panel(axes, task, rows, published(csv_file, task))
-        seeds = len({row["seed"] for row in rows})
-        axes.set_title(f"{task.removeprefix('dmc/')} ({seeds} seed{'s' * (seeds > 1)})")
-        for line in axes.get_lines():  # one legend speaks for panels of different seeds
-            line.set_label(line.get_label().partition(" (")[0])
+        title = f"{task.removeprefix('dmc/')} ({count(len({row['seed'] for row in rows}))})"
+        panel(axes, title, rows, published(csv_file, task), counted=False)  # one legend for panels of different seeds
     for axes in panels.flat[len(by_task) :]:
         axes.axis("off")
     for axes in panels[:, 1:].flat:

@@ -164,13 +164,12 @@ def test_a_branch_goes_on_from_the_checkpoint_of_its_run(tmp_path, monkeypatch, 
     found = json.loads((tmp_path / "found").read_text())
     assert [(row["change"], row["from"]) for row in found["rows"]] == [("unchanged", 60), ("slow", 60)]
     assert all(row["return"] > 0 for row in found["rows"])
-    configs = [read_config(tmp_path / "kept" / "branches" / f"run__{name}_40" / "config.yaml") for name in
-               ("unchanged", "slow")]  # fmt: skip
+    folders = [tmp_path / "kept" / "branches" / f"run__{name}_40" for name in ("unchanged", "slow")]
+    configs = [read_config(folder / "config.yaml") for folder in folders]
     assert [cfg.agent.learning_rate for cfg in configs] == [1e-3, 1e-9]
     assert {changed.partition("=")[0] for changed in changed_settings(*configs)} == {"agent.learning_rate"}
-    for name in ("unchanged", "slow"):
-        frames = [at for at, _ in harness.curve(tmp_path / "kept" / "branches" / f"run__{name}_40")]
-        assert frames == [30, 60, 80, 100]
+    for folder in folders:
+        assert [at for at, _ in harness.curve(folder)] == [30, 60, 80, 100]
 
 
 @pytest.mark.parametrize(
