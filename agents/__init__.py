@@ -87,7 +87,7 @@ def load_agent(
 
     Args:
         run_dir: what ``train.py`` wrote, or a file of ``agents.export``.
-        plan_loops, plan_samples: replace the run's own planning budget; see ``PlannerConfig``.
+        plan_loops, plan_samples: replace the run's own planning budget, in evaluations too; see ``PlannerConfig``.
 
     Raises:
         CheckpointError: not a run directory nor an exported agent, or a broken one. ConfigError: a broken config.
@@ -105,7 +105,7 @@ def load_agent(
         state = Checkpoints(path).load(frames, device=target)
         dims = state["dims"]
         restore = methodcaller("load_state_dict", state["agent"])
-    changes = {"plan_loops": plan_loops, "plan_samples": plan_samples}
+    changes = {"plan_loops": plan_loops, "plan_samples": plan_samples, "eval_samples": plan_samples}
     changes = {name: value for name, value in changes.items() if value is not None}
     cfg = dataclasses.replace(cfg, agent=dataclasses.replace(cfg.agent, **changes))
     try:

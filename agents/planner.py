@@ -7,6 +7,7 @@ and continuation; value and policy are trained off it, on real latents, by n-ste
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -169,8 +170,12 @@ class PlannerAgent:
         return np.eye(self.action_dim, dtype=np.float32)[action] if self.discrete else action
 
     def evaluator(self) -> PlannerAgent:
-        """See ``Agent.evaluator``: deterministic, and the same plan noise for every evaluation."""
-        view = copy.copy(self)
+        """See ``Agent.evaluator``: deterministic, the same plan noise for every evaluation, at most ``eval_samples``.
+
+        More plans make better data, but a trained agent's return no better (docs/ablations.md), and evaluations slow.
+        """
+        view, c = copy.copy(self), self.config
+        view.config = dataclasses.replace(c, plan_samples=min(c.plan_samples, c.eval_samples))
         view.generator = torch.Generator(self.device).manual_seed(0)
         view._noise = CorrelatedNoise(self.config.explore_correlation)
         return view

@@ -374,6 +374,19 @@ def test_evaluator_sees_later_training():
     assert (view.act(observations()) != before).any()
 
 
+def test_an_evaluation_plans_with_at_most_its_own_samples(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("agents.planner.mppi", lambda *a: drawn.append(a[4].samples) or mppi(*a))
+    for samples, most in ((40, 12), (12, 40)):
+        agent = make(plan_samples=samples, eval_samples=most, plan_collect=True, seed_steps=0)
+        agent.act(observations(), explore=True)
+        agent.evaluator().act(observations())
+    assert drawn == [40, 12, 12, 12]
+    make(plan_samples=0).evaluator().act(observations())  # the policy acts alone in both
+    make(eval_samples=0).evaluator().act(observations())
+    assert len(drawn) == 4
+
+
 @KINDS
 def test_a_plan_starts_from_the_policys_own_sequence_and_narrows(monkeypatch, discrete):
     agent, spreads = make(discrete, plan_std=0.8, plan_std_final=0.2, seed_steps=10, explore_decay_steps=100), []
