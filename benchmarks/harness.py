@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from loopwm.config import load_config, read_config
-from loopwm.training.run_dir import changed_settings, versions
+from loopwm.training.run_dir import changed_settings, commit, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 LOAD_AT_START = round(os.getloadavg()[0], 2)
@@ -49,14 +49,6 @@ def machine() -> dict[str, Any]:
     if info.exists():
         cpu = next((s.split(":")[1].strip() for s in info.read_text().splitlines() if s.startswith("model name")), cpu)
     return {"cpu": cpu, "cores": os.cpu_count(), "load_at_start": LOAD_AT_START}
-
-
-def commit() -> str:
-    """The commit that is measured; ``+`` marks uncommitted changes."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
-    return head + ("+" if dirty else "")
 
 
 def report(
@@ -97,6 +89,11 @@ def curve(run_dir: Path, tag: str = "eval/return") -> list[tuple[int, float]]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
     return [(row["frames"], row[tag]) for row in rows if tag in row]
+
+
+def run_commit(run_dir: Path) -> str:
+    """The commit that a finished run was trained at, or last resumed at; empty for runs that did not note it down."""
+    return json.loads((run_dir / "summary.json").read_text()).get("commit") or ""
 
 
 def at_frames(points: list[tuple[int, float]], frames: int) -> float:

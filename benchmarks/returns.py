@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import at_frames, commit, curve, interval, parser, report, train_all, training_run
+from benchmarks.harness import at_frames, curve, interval, parser, report, run_commit, train_all, training_run
 
 CONTROLS = ("single_pass", "stacked", "wide", "deep_thin")
 EIGHT = tuple(
@@ -33,7 +33,6 @@ EIGHT = tuple(
 def write_csv(path: Path, rows: list[dict]) -> None:
     """One line for every evaluation of every run; frames to the thousand (evaluations fall just after their mark)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    measured = commit()
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("task", "dynamics", "seed", "frames", "return", "frames_per_second", "commit"))
@@ -41,7 +40,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
             speed = round(float(np.median([value for _, value in row["frames_per_second"]])))
             for at, value in row["curve"]:
                 names = (row["task"].removeprefix("dmc/"), row["dynamics"], row["seed"])
-                table.writerow((*names, at // 1000 * 1000, round(value, 1), speed, measured))
+                table.writerow((*names, at // 1000 * 1000, round(value, 1), speed, row["commit"]))
 
 
 def main(arguments: list[str]) -> None:
@@ -68,7 +67,8 @@ def main(arguments: list[str]) -> None:
     rows, headline = [], {}
     for run_dir, words in jobs.items():
         row = dict(word.split("=", 1) for word in words)
-        rows.append(row | {"curve": curve(run_dir), "frames_per_second": curve(run_dir, "time/frames_per_second")})
+        curves = {"curve": curve(run_dir), "frames_per_second": curve(run_dir, "time/frames_per_second")}
+        rows.append(row | curves | {"commit": run_commit(run_dir)})
     if args.csv:
         write_csv(args.csv, rows)
     for task in args.task:

@@ -25,6 +25,7 @@ def write(path, rows):
             "seed": seed,
             "curve": [(20_004, 1.0), (40_002, value)],
             "frames_per_second": [(1000, 90.0), (2000, 100.0), (3000, 400.0)],
+            "commit": f"c{seed}",
         }
         for task, name, seed, value in rows
     ]
@@ -36,7 +37,8 @@ def test_a_csv_of_returns_is_read_back_by_task_seed_and_frames(tmp_path):
     path = write(tmp_path / "x.csv", [("a-b", "looped", 0, 500.0), ("a-b", "looped", 1, 700.0)])
     lines = path.read_text().splitlines()
     assert lines[0] == "task,dynamics,seed,frames,return,frames_per_second,commit"
-    assert lines[1].startswith("a-b,looped,0,20000,1.0,100,")
+    assert lines[1] == "a-b,looped,0,20000,1.0,100,c0"
+    assert lines[-1] == "a-b,looped,1,40000,700.0,100,c1"
     assert compare.read_scores([path], 40_000) == {"looped": {"a-b": {0: 0.5, 1: 0.7}}}
     assert compare.read_scores([path], 20_000)["looped"]["a-b"] == {0: 0.001, 1: 0.001}
 

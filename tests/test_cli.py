@@ -16,6 +16,7 @@ from training_tools import CARTPOLE, ROOT, TINY, forbid_filming, lines, run
 import envs
 import evaluate
 import train
+from loopwm.training import run_dir as run_dir_module
 from loopwm.training import trainer as trainer_module
 from loopwm.training.checkpoint import Checkpoints, lock_run
 
@@ -28,6 +29,7 @@ SUMMARY = {
         "mean_loops",
         "parameters",
         "versions",
+        "commit",
         "finished",
     ),
 }
@@ -70,6 +72,24 @@ def evaluation_error(capsys, *arguments) -> str:
 # ---- train.py -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_of_the_code_is_known_and_its_changes_are_marked(tmp_path, monkeypatch):
+    code = tmp_path / "loopwm" / "training" / "run_dir.py"
+    code.parent.mkdir(parents=True)
+    code.write_text("")
+    monkeypatch.setattr(run_dir_module, "__file__", str(code))
+    assert run_dir_module.commit() is None  # installed without its history
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert run_dir_module.commit() == head
+    code.write_text("changed")
+    assert run_dir_module.commit() == head + "+"
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    assert run_dir_module.commit() is None
+
+
 def test_summary_and_metrics(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert set(summary) == SUMMARY
@@ -79,6 +99,7 @@ def test_summary_and_metrics(finished):
     parts = {"encoder", "dynamics", "heads", "policy", "value", "total"}
     assert set(summary["parameters"]) == parts
     assert summary["parameters"]["total"] == sum(summary["parameters"].values()) / 2
+    assert summary["commit"] == run_dir_module.commit()
     assert set(summary["versions"]) >= {"python", "torch", "numpy", "gymnasium", "dm-control"}
     found = lines(finished)
     assert found[-1]["eval/return"] == pytest.approx(summary["eval_return_mean"], abs=1e-3)

@@ -6,6 +6,7 @@ import contextlib
 import glob
 import itertools
 import platform
+import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -98,6 +99,20 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
+def commit() -> str | None:
+    """The commit of the code that runs, with ``+`` where it was changed since; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # installed as a package, perhaps inside someone else's repository
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        asked = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])
+        head, changes = (subprocess.run([*git, *words], capture_output=True, text=True, check=True) for words in asked)
+    except (OSError, subprocess.CalledProcessError):  # no git here, or a broken checkout: training goes on without
+        return None
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
 def describe(cfg: Config) -> dict[str, Any]:
     """What summary.json says of a run beside its results; ``config`` is for the hparams view."""
     return {
@@ -105,6 +120,7 @@ def describe(cfg: Config) -> dict[str, Any]:
         "agent": cfg.agent.name,
         "dynamics": cfg.dynamics.name,
         "seed": cfg.seed,
+        "commit": commit(),
         "versions": versions(),
         "config": flatten(cfg),
     }
