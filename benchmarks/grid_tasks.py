@@ -7,6 +7,7 @@ late, takes many loops. A prediction is right only when every part of the answer
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +17,16 @@ from benchmarks.lab import Examples, Recipe, Task
 from envs.worlds.permutation import GENERATORS, PERMUTATIONS, POINTS, compose
 from envs.worlds.sandpile import FULL, recurrent_piles, topple
 from loopwm.dynamics import DYNAMICS
+from loopwm.dynamics.conv import ConvCell
 
 SIZE, MAX_LOOPS = 8, 32
 PIECES = 4  # of the block ``rank``
+WHOLE = "wide_whole"  # see the function
 MODELS = {  # name in the tables: recipe
     "looped": Recipe("looped", free_loops=24),
     "stacked": Recipe("stacked"),
     "wide": Recipe("wide"),
+    "wide, sees all": Recipe(WHOLE),
     "single_pass": Recipe("single_pass"),
     "looped, certified": Recipe("looped", "certified", 24),
     "looped, from h0 only": Recipe("looped"),
@@ -33,31 +37,56 @@ LADDER = {
     "looped": ((16, 16), (24, 16), (32, 16)),
     "stacked": ((16, 4), (16, 8), (16, 16), (32, 4), (32, 8), (32, 16)),
     "wide": ((32, 16),),
+    "wide, sees all": ((16, 16), (32, 16)),
     "single_pass": ((32, 16),),
 }
 
 
-class GridModel(nn.Module):
-    """Encoder, dynamics of a name, decoder; all but the block cell by cell."""
+class WholeGridCell(ConvCell):
+    """A ``ConvCell`` whose kernel reaches from any cell of a grid (rows, columns) to any other."""
 
-    def __init__(self, recipe: Recipe, channels: int, classes: int, block_dim: int):
+    def __init__(self, hidden_dim: int, block_dim: int, grid: tuple[int, int]):
+        super().__init__(hidden_dim, block_dim, "linear")
+        self.read = nn.Conv2d(hidden_dim, block_dim, [2 * side - 1 for side in grid], bias=False)
+
+
+def wide_whole(grid: tuple[int, int], words: dict[str, Any]) -> nn.Module:
+    """The control ``wide`` for a grid: one layer with the loop's FLOPs that sees all of it, spent on reach and width.
+
+    One application of a 3 x 3 convolution sees its neighbours alone, so the plain ``wide`` cannot answer far ones.
+    ``words``: what the loop is made with.
+    """
+    dynamics = DYNAMICS["single_pass"](**words)
+    looped, once = ConvCell.flops
+    reach = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+    width = round(words["block_dim"] * (looped * words["mean_loops"] + once) / (reach + 1 + once))
+    dynamics.cells = nn.ModuleList([WholeGridCell(words["hidden_dim"], width, grid)])
+    return dynamics
+
+
+class GridModel(nn.Module):
+    """Encoder, dynamics of a name, decoder; all but the block cell by cell. ``grid``: rows and columns in training."""
+
+    def __init__(self, recipe: Recipe, channels: int, classes: int, block_dim: int, grid: tuple[int, int]):
         super().__init__()
         width, layers = recipe.hidden, recipe.layers
+        words = {
+            "latent_dim": width,
+            "action_dim": 1,
+            "hidden_dim": width,
+            "mean_loops": recipe.loops,
+            "max_loops": MAX_LOOPS,
+            "block": recipe.block,
+            "block_dim": PIECES * width if recipe.block == "rank" else block_dim,
+            "mode": recipe.mode,
+            "gamma": 0.99,
+            "prelude_layers": layers[0],
+            "block_layers": layers[1],
+            "coda_layers": layers[2],
+        }
         self.encoder = nn.Conv2d(channels, width, 1)
-        self.dynamics = DYNAMICS[recipe.dynamics](
-            width,
-            1,
-            width,
-            recipe.loops,
-            MAX_LOOPS,
-            block=recipe.block,
-            block_dim=PIECES * width if recipe.block == "rank" else block_dim,
-            mode=recipe.mode,
-            gamma=0.99,
-            prelude_layers=layers[0],
-            block_layers=layers[1],
-            coda_layers=layers[2],
-        )
+        whole = recipe.dynamics == WHOLE
+        self.dynamics = wide_whole(grid, words) if whole else DYNAMICS[recipe.dynamics](**words)
         self.decoder = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.ReLU(), nn.Conv2d(2 * width, classes, 1))
 
 
@@ -65,7 +94,7 @@ class SandpileModel(GridModel):
     """pile and drop -> logits of the stable pile."""
 
     def __init__(self, recipe: Recipe):
-        super().__init__(recipe, FULL, FULL, recipe.hidden)
+        super().__init__(recipe, FULL, FULL, recipe.hidden, (SIZE, SIZE))
 
     def forward(self, pile: Tensor, drop: Tensor, depth: int | None = None, h0: Tensor | None = None):
         """pile (B, S, S) in 0..3, drop (B, 1, S, S) -> (logits (B, 4, S, S), ``DynamicsOutput``)."""
@@ -78,7 +107,9 @@ class PermutationModel(GridModel):
     """A state and a word, letter by letter in a row -> logits of the state's product with the word."""
 
     def __init__(self, recipe: Recipe):
-        super().__init__(recipe, POINTS**2 + len(GENERATORS), POINTS**2, 2 * recipe.hidden)
+        super().__init__(
+            recipe, POINTS**2 + len(GENERATORS), POINTS**2, 2 * recipe.hidden, (1, Permutation.trained + 1)
+        )
 
     def forward(self, row: Tensor, end: Tensor, depth: int | None = None, h0: Tensor | None = None):
         """row (B, 29, 1, L + 1): the state's matrix, then L letters; end (B, 1, 1, L + 1) marks the last letter.
@@ -161,6 +192,7 @@ class Permutation(GridTask):
         "looped": Recipe("looped"),
         "stacked": Recipe("stacked"),
         "wide": Recipe("wide"),
+        "wide, sees all": Recipe(WHOLE),
         "single_pass": Recipe("single_pass"),
     }
     name, unit, trained = "permutation", "letters", 8

@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import adaptive_depth, depth_extrapolation, lab, parameter_efficiency, training_flops
 from benchmarks.grid_tasks import Permutation, Sandpile, avalanches, words
@@ -60,6 +62,27 @@ def test_the_answer_of_a_word_is_read_off_where_it_ends():
     cells = model.decoder(out.z_next)
     i, k = 5, int(steps.difficulty[5])
     torch.testing.assert_close(logits[i].mT.flatten(), cells[i, :, 0, k])  # (row i, class) as the matrix has them
+
+
+@pytest.mark.parametrize("task", [Sandpile(), Permutation()])
+def test_the_wide_control_of_a_grid_sees_all_of_it_at_the_loops_flops(task):
+    torch.manual_seed(0)
+    data = task.examples(2, task.trained, 3)
+    models = {name: task.model(task.models[name]) for name in ("looped", "wide", "wide, sees all")}
+    flops = {}
+    for name, model in models.items():
+        with FlopCounterMode(display=False) as counter:
+            model.dynamics(model.encoder(torch.zeros(1, model.encoder.in_channels, 8, 8)), torch.zeros(1, 1, 8, 8), 16)
+        flops[name] = counter.get_total_flops()
+    assert flops["wide, sees all"] == pytest.approx(flops["looped"], rel=0.03)
+    for name, far in (("wide", False), ("wide, sees all", True)):
+        model = models[name]
+        for cell in model.dynamics.cells:
+            nn.init.normal_(cell.write.weight)
+        z = model.encoder(torch.randn(1, model.encoder.in_channels, *data.inputs[1].shape[2:]))
+        z.detach_().requires_grad_()
+        model.dynamics(z, data.inputs[1][:1]).z_next[..., -1, -1].sum().backward()
+        assert bool((z.grad[..., 0, 0] != 0).any()) is far
 
 
 def test_score_by_difficulty():

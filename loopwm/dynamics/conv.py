@@ -96,5 +96,5 @@ class ConvLoop(PreparedLoop):
     fused = False
 
     def __call__(self, h: Tensor) -> Tensor:
-        inner = self.activation(conv2d(h, self.read, padding=1) + self.injected)  # (B, W, S, S)
+        inner = self.activation(conv2d(h, self.read, padding="same") + self.injected)  # (B, W, S, S)
         return torch.addcmul(self.constant, h, self.decay) + conv2d(inner, self.write)  # (B, D, S, S)
