@@ -30,6 +30,7 @@ from loopwm.dynamics import HaltingRule, PatientHalting, PredictionHalting, Rand
 FULL = 4  # the full depth over the trained mean
 LOSS = 0.01  # what a rule or a smaller depth may cost, see ``Task.within``
 LONGEST = 99
+FIXED = "smallest fixed depth"
 TOLERANCES = tuple(float(x) for x in np.geomspace(10.0, 1e-4, 31))
 
 
@@ -97,13 +98,17 @@ def measure(
     }
 
 
-def fixed_depth(task: Task, model: nn.Module, check: Examples, data: Examples, full: int) -> dict:
+def fixed_depth(task: Task, model: nn.Module, check: Examples, data: Examples, full: int, repeats: int) -> dict:
     """The smallest fixed depth within the allowed loss on validation data."""
     best = error_and_loops(task, model, check, full)[0]
     depths = range(1, full + 1)
     depth = next(d for d in depths if task.within(error_and_loops(task, model, check, d)[0], best, LOSS))
     error = error_and_loops(task, model, data, depth)[0]
-    return {"rule": "smallest fixed depth", "error": round(error, 5), "loops": float(depth)}
+    seconds, full_seconds = paired_seconds(
+        lambda: predict_errors(task, model, data, depth), lambda: predict_errors(task, model, data, full), repeats
+    )
+    found = {"rule": FIXED, "error": round(error, 5), "loops": float(depth)}
+    return found | {"seconds": round(seconds, 4), "seconds_full": round(full_seconds, 4)}
 
 
 def draw(task: Task, rows: list[dict], full: int, path: Path) -> None:
@@ -136,15 +141,15 @@ def main(arguments: list[str]) -> None:
     if not args.quick:
         recipe = choose_rates(task, {"looped": recipe}, folder, args.jobs)["looped"]
     train_all(task, [replace(recipe, seed=seed) for seed in seeds], folder, args.jobs)
-    full, rows = FULL * recipe.loops, []
+    full, rows, repeats = FULL * recipe.loops, [], 1 if args.quick else 5
     check, data = task.examples(each // 2, LONGEST, VALIDATION), task.examples(each, LONGEST, TEST)
     for seed in seeds:
         model = load(task, replace(recipe, seed=seed), folder)
         model.dynamics.max_loops = full
         shared = {"seed": seed, "error_full": round(error_and_loops(task, model, data, full)[0], 5)}
-        rows.append(shared | fixed_depth(task, model, check, data, full))
+        rows.append(shared | fixed_depth(task, model, check, data, full, repeats))
         for name, rule in rules(model).items():
-            rows.append(shared | measure(task, model, name, rule, check, data, full, 1 if args.quick else 5))
+            rows.append(shared | measure(task, model, name, rule, check, data, full, repeats))
             print(rows[-1], flush=True)
     if args.figure:
         draw(task, rows, full, args.figure)
@@ -154,7 +159,7 @@ def main(arguments: list[str]) -> None:
 def verdict(task: Task, rows: list[dict], full: int) -> tuple[dict, str]:
     """(headline, one sentence) of the rule with the fewest loops."""
     names = list(dict.fromkeys(row["rule"] for row in rows if "correlation" in row))
-    of = {name: [row for row in rows if row["rule"] == name] for name in names}
+    of = {name: [row for row in rows if row["rule"] == name] for name in (*names, FIXED)}
     best = min(names, key=lambda name: np.mean([row["loops"] for row in of[name]]))
     figures = {
         "loops, share of full": [row["loops"] / full for row in of[best]],
@@ -163,17 +168,22 @@ def verdict(task: Task, rows: list[dict], full: int) -> tuple[dict, str]:
         "error": [row["error"] for row in of[best]],
         "error at full depth": [row["error_full"] for row in of[best]],
         "error, random halting": [row["error_random"] for row in of[best]],
-        "loops, smallest fixed depth": [row["loops"] for row in rows if row["rule"] == "smallest fixed depth"],
+        "loops, smallest fixed depth": [row["loops"] for row in of[FIXED]],
+        "seconds, smallest fixed depth, share of full": [row["seconds"] / row["seconds_full"] for row in of[FIXED]],
     }
     headline = {f"{best}: {key}": interval(values) for key, values in figures.items()}
     mean = {key: float(np.mean(values)) for key, values in figures.items()}
     fixed = mean["loops, smallest fixed depth"]
     beats = "fewer" if mean["loops, share of full"] * full < fixed else "no fewer"
+    spent, fixed_time = mean["seconds, share of full"], mean["seconds, smallest fixed depth, share of full"]
+    saves = (
+        f"halting takes {spent / fixed_time:.0%} of its time" if spent < fixed_time else "halting saves none beside it"
+    )
     return headline, (
-        f"Halting by {best} takes {mean['loops, share of full']:.0%} of the loops and "
-        f"{mean['seconds, share of full']:.0%} of the time of {full} loops at an error of {mean['error']:.3f} against "
-        f"{mean['error at full depth']:.3f} (random halting {mean['error, random halting']:.3f}), {beats} than the "
-        f"smallest fixed depth ({fixed:.0f}); loops follow the {task.unit} with a rank correlation of "
+        f"Halting by {best} takes {mean['loops, share of full']:.0%} of the loops and {spent:.0%} of the time of "
+        f"{full} loops at an error of {mean['error']:.3f} against {mean['error at full depth']:.3f} (random halting "
+        f"{mean['error, random halting']:.3f}), {beats} than the smallest fixed depth ({fixed:.0f}), which takes "
+        f"{fixed_time:.0%} of the time: {saves}; loops follow the {task.unit} with a rank correlation of "
         f"{mean[f'correlation with {task.unit}']:.2f}."
     )
 

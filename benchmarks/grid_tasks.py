@@ -6,6 +6,7 @@ late, takes many loops. A prediction is right only when every part of the answer
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -54,12 +55,17 @@ def wide_whole(grid: tuple[int, int], words: dict[str, Any]) -> nn.Module:
     """The control ``wide`` for a grid: one layer with the loop's FLOPs that sees all of it, spent on reach and width.
 
     One application of a 3 x 3 convolution sees its neighbours alone, so the plain ``wide`` cannot answer far ones.
-    ``words``: what the loop is made with.
+    FLOPs are counted twice, as torch does, with the products beyond the edges of the grid, and without these; it gets
+    the larger width. ``words``: what the loop is made with.
     """
     dynamics = DYNAMICS["single_pass"](**words)
-    looped, once = ConvCell.flops
-    reach = (2 * grid[0] - 1) * (2 * grid[1] - 1)
-    width = round(words["block_dim"] * (looped * words["mean_loops"] + once) / (reach + 1 + once))
+    width = max(
+        round(words["block_dim"] * ((near + 1) * words["mean_loops"] + 1) / (far + 1 + 1))  # W2 and U beside each
+        for near, far in (
+            (9, math.prod(2 * side - 1 for side in grid)),
+            (math.prod(3 * side - 2 for side in grid) / math.prod(grid), math.prod(grid)),
+        )
+    )
     dynamics.cells = nn.ModuleList([WholeGridCell(words["hidden_dim"], width, grid)])
     return dynamics
 

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from loopwm.training.run_dir import commit
+
 TRAINING, VALIDATION, TEST = 1, 2, 3  # seeds of the data
 RATES = (1e-3, 2e-3, 4e-3)
 CHECKS = 24  # times that a training's error is measured on validation data
@@ -233,6 +235,7 @@ def train(task: Task, recipe: Recipe, folder: Path) -> Path:
         "loss": round(float(np.mean(losses[-200:])), 5),
         "parameters": sum(p.numel() for p in model.parameters()),
         "curve": curve,
+        "trained_at": commit(),
     }
     folder.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(written) + "\n", encoding="utf-8")

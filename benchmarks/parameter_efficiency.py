@@ -4,7 +4,7 @@ Loops of several widths and a ladder of controls learn one step of a world, or f
 (``benchmarks.lab``). The error is of test data of the trained difficulty (DMC: 1 to 50 steps ahead), the loop at the
 depth of the largest stack (equal FLOPs). The ratio is the parameters of the smallest control of equal error, read off
 the controls' front (interpolated in logarithms), over the loop's; where no control reaches the loop it is a lower
-bound.
+bound, where every control is better an upper one.
 """
 
 from __future__ import annotations
@@ -38,20 +38,23 @@ def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept
 
 
-def parameters_for(error: float, points: list[tuple[float, float]]) -> tuple[float, bool]:
-    """(parameters of equal error on the controls' front, whether it reaches that error).
+def parameters_for(error: float, points: list[tuple[float, float]]) -> tuple[float, str]:
+    """(parameters of equal error on the controls' front, what kind of figure that is).
 
-    Interpolated linearly in the logarithms of both; beyond the largest control its own size, as a lower bound.
+    Interpolated linearly in the logarithms of both, and then exact (""). Where no control reaches the error it is the
+    size of the best of them, and "at least" so many; where all are better, that of the smallest, and "at most".
     """
     line = [(math.log(n), math.log(max(e, FLOOR))) for n, e in front(points)]
     goal = math.log(max(error, FLOOR))
     if goal < line[-1][1]:
-        return math.exp(line[-1][0]), False
-    if goal >= line[0][1]:
-        return math.exp(line[0][0]), True
+        return math.exp(line[-1][0]), "at least "
+    if goal > line[0][1]:
+        return math.exp(line[0][0]), "at most "
+    if goal == line[0][1]:
+        return math.exp(line[0][0]), ""
     pairs = zip(line, line[1:], strict=False)
     (n0, e0), (n1, e1) = next((a, b) for a, b in pairs if b[1] <= goal <= a[1])
-    return math.exp(n0 + (n1 - n0) * (goal - e0) / (e1 - e0)), True
+    return math.exp(n0 + (n1 - n0) * (goal - e0) / (e1 - e0)), ""
 
 
 def evaluate(task: Task, name: str, recipe: Recipe, folder: Path, each: int) -> dict:
@@ -100,16 +103,15 @@ def verdict(task: Task, rows: list[dict]) -> tuple[dict, str]:
             for n, error in means(rows, name, measure):
                 mine = [r["error"][measure] for r in rows if (r["model"], r["parameters"]) == (name, n)]
                 headline[f"{measure}: error, {name}, {n} parameters"] = interval(mine)
-                size, reached = parameters_for(error, controls)
-                found.append((error, size / n, reached, name, n))
-        error, ratio, reached, name, n = min(found)  # the lowest error asked of the controls
-        sign, ends = ("", "") if reached else ("at least ", " (no control of the ladder reaches it)")
-        wins = "the loop needs fewer parameters" if ratio > 1 else "the loop needs no fewer parameters"
-        others = ", ".join(
-            f"{'' if f[2] else '>= '}{f[1]:.1f}x of {f[4]} ({f[3]})" for f in found if f[3:] != (name, n)
-        )
+                size, kind = parameters_for(error, controls)
+                found.append((error, size / n, kind, name, n))
+        error, ratio, kind, name, n = min(found)  # the lowest error asked of the controls
+        ends = {"": "", "at least ": " (no control of the ladder reaches it)", "at most ": " (all are better)"}[kind]
+        fewer = ratio > 1 and kind != "at most "  # how few a control needs for so bad an error was not measured
+        wins = "the loop needs fewer parameters" if fewer else "the loop is not shown to need fewer parameters"
+        others = ", ".join(f"{f[2]}{f[1]:.1f}x of {f[4]} ({f[3]})" for f in found if f[3:] != (name, n))
         sentences.append(
-            f"{measure}: at an error of {error:.4f} the smallest control has {sign}{ratio:.1f} times the {n} "
+            f"{measure}: at an error of {error:.4f} the smallest control has {kind}{ratio:.1f} times the {n} "
             f"parameters of {name}{ends}: {wins}" + (f"; the others: {others}." if others else ".")
         )
     return headline, " ".join(sentences)

@@ -18,7 +18,11 @@ from benchmarks.harness import ROOT, curve, parser, report
 
 
 def timed_run(run_dir: Path, words: list[str], score: float) -> dict[str, float | None]:
-    """Train until two evaluations in a row reach ``score`` -> seconds and frames of both readings."""
+    """Train until two evaluations in a row reach ``score`` -> seconds and frames of both readings.
+
+    Raises:
+        RuntimeError: training failed.
+    """
     shutil.rmtree(run_dir, ignore_errors=True)
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -35,6 +39,9 @@ def timed_run(run_dir: Path, words: list[str], score: float) -> dict[str, float 
             if len(seen) > 1 and min(seen[-1][2], seen[-2][2]) >= score:
                 process.terminate()
                 process.wait()
+                break
+    if process.returncode > 0:
+        raise RuntimeError(f"train.py ended with {process.returncode}: see {log.name}")
     first = next((point for point in seen if point[2] >= score), None)
     pair = next((b for a, b in zip(seen, seen[1:], strict=False) if min(a[2], b[2]) >= score), None)
     return {

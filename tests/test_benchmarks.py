@@ -74,7 +74,7 @@ def test_the_wide_control_of_a_grid_sees_all_of_it_at_the_loops_flops(task):
         with FlopCounterMode(display=False) as counter:
             model.dynamics(model.encoder(torch.zeros(1, model.encoder.in_channels, 8, 8)), torch.zeros(1, 1, 8, 8), 16)
         flops[name] = counter.get_total_flops()
-    assert flops["wide, sees all"] == pytest.approx(flops["looped"], rel=0.03)
+    assert flops["wide, sees all"] >= 0.97 * flops["looped"]  # more, where most of its kernel lies beyond the edges
     for name, far in (("wide", False), ("wide, sees all", True)):
         model = models[name]
         for cell in model.dynamics.cells:
@@ -191,12 +191,13 @@ def test_every_task_is_named_as_it_names_itself(tmp_path):
         assert set(task.ladder) <= set(task.models) and task.beyond and task.edge not in task.beyond
 
 
-def made_up(looped: float, stacked: float, deep: float) -> list[dict]:
+def made_up(looped: float, stacked: float, deep: float, shallow: float | None = None) -> list[dict]:
     rows = []
     for name, recipe in Sandpile.models.items():
         depths = depth_extrapolation.depths_of(recipe)
         for depth in depths:
             error = deep if recipe.looped and depth == depths[-1] else looped
+            error = shallow if recipe.looped and shallow and depth == depths[2] else error
             error = error if name == "looped" else stacked if name == "stacked" else 0.9
             groups = {"4-8": 0.1, "9-16": error, "17-99": 1.0}
             rows += [{"model": name, "seed": s, "size": 8, "depth": depth, "error": groups} for s in (0, 1)]
@@ -208,6 +209,16 @@ def test_the_verdict_says_who_won_and_whether_the_answer_was_kept():
     assert "beats every control on 9-16 (error 0.40 against 0.80 of stacked) and keeps its answers" in won
     _, lost = depth_extrapolation.verdict(Sandpile(), made_up(0.8, 0.4, 0.9))
     assert "does not beat every control" in lost and "loses its answers" in lost
+    _, faded = depth_extrapolation.verdict(Sandpile(), made_up(0.3, 0.8, 0.5, shallow=0.5))
+    assert "loses its answers" in faded  # it had them at four times the depth, if not yet at the trained one
+    rows = made_up(0.4, 0.7, 0.4)
+    for row in rows:
+        if (row["model"], row["seed"]) == ("stacked", 1):
+            row["error"] = row["error"] | {"9-16": 0.3}
+    assert (
+        "beats every control on the mean, not in every seed, on 9-16"
+        in depth_extrapolation.verdict(Sandpile(), rows)[1]
+    )
 
 
 def test_halting_is_judged_at_the_widest_tolerance_within_the_loss():
@@ -218,7 +229,19 @@ def test_halting_is_judged_at_the_widest_tolerance_within_the_loss():
     rule = adaptive_depth.rules(model)["prediction"]
     found = adaptive_depth.measure(task, model, "x", rule, data, data, 8, 1)
     assert found["tolerance"] == adaptive_depth.TOLERANCES[0] and found["loops"] == 1.0 and found["correlation"] == 0.0
-    assert adaptive_depth.fixed_depth(task, model, data, data, 8)["loops"] == 1.0
+    fixed = adaptive_depth.fixed_depth(task, model, data, data, 8, 1)
+    assert fixed["loops"] == 1.0 and fixed["seconds"] > 0 and fixed["seconds_full"] > 0
+
+
+def test_the_verdict_on_halting_compares_its_time_with_that_of_the_fixed_depth():
+    def rows(seconds: float) -> list[dict]:
+        shared = {"seconds_full": 2.0, "error_full": 0.1, "error": 0.1}
+        rule = {"rule": "residual", "loops": 8, "seconds": seconds, "correlation": 0.5, "error_random": 0.4}
+        return [shared | {"rule": "smallest fixed depth", "loops": 16.0, "seconds": 1.0}, shared | rule]
+
+    slow, quick = (adaptive_depth.verdict(Sandpile(), rows(s), 64)[1] for s in (1.5, 0.5))
+    assert "fewer than the smallest fixed depth (16), which takes 50% of the time: halting saves none beside it" in slow
+    assert "saves none" not in quick and "halting takes 50% of its time" in quick
 
 
 def test_a_loss_of_one_per_cent_is_of_the_answers_or_of_the_distance(tmp_path):
@@ -236,22 +259,25 @@ def test_paired_seconds_take_turns():
 def test_parameters_of_equal_error_are_read_off_the_controls_front():
     points = [(100, 0.4), (200, 0.5), (10_000, 0.004), (1000, 0.04)]  # the second is beaten by the first
     assert parameter_efficiency.front(points) == [(100, 0.4), (1000, 0.04), (10_000, 0.004)]
-    size, reached = parameter_efficiency.parameters_for(0.04 * 10**-0.5, points)
-    assert reached and size == pytest.approx(1000 * 10**0.5)  # half way, in logarithms
-    assert parameter_efficiency.parameters_for(0.9, points) == (pytest.approx(100), True)
-    assert parameter_efficiency.parameters_for(0.001, points) == (pytest.approx(10_000), False)
+    found = parameter_efficiency.parameters_for(0.04 * 10**-0.5, points)
+    assert found == (pytest.approx(1000 * 10**0.5), "")  # half way, in logarithms
+    assert parameter_efficiency.parameters_for(0.4, points) == (pytest.approx(100), "")
+    assert parameter_efficiency.parameters_for(0.9, points) == (pytest.approx(100), "at most ")
+    assert parameter_efficiency.parameters_for(0.001, points) == (pytest.approx(10_000), "at least ")
 
 
 def test_the_ratio_says_when_no_control_reaches_the_loop_and_when_the_loop_loses():
-    def rows(error: float) -> list[dict]:
+    def rows(error: float, parameters: int = 500) -> list[dict]:
         controls = [("stacked", 1000, 0.1), ("wide", 2000, 0.3), ("single_pass", 50, 0.9)]
-        points = [("looped", 500, error), *controls]
+        points = [("looped", parameters, error), *controls]
         return [{"model": m, "parameters": n, "error": {"all": e}} for m, n, e in points]
 
     won = parameter_efficiency.verdict(Sandpile(), rows(0.01))[1]
     assert "at least 2.0 times the 500 parameters" in won and "no control of the ladder reaches it" in won
     lost = parameter_efficiency.verdict(Sandpile(), rows(0.95))[1]
-    assert "0.1 times the 500" in lost and "needs no fewer" in lost
+    assert "at most 0.1 times the 500" in lost and "is not shown to need fewer" in lost
+    tiny = parameter_efficiency.verdict(Sandpile(), rows(0.95, parameters=10))[1]
+    assert "at most 5.0 times the 10" in tiny and "is not shown to need fewer" in tiny
 
 
 def test_flops_of_an_update_are_those_of_the_layers():

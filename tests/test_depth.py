@@ -639,6 +639,18 @@ def test_a_failed_evaluation_is_followed_by_a_plain_step(slope):
     assert failures > 0 or slope >= 0
 
 
+def test_anderson_never_evaluates_one_state_twice_where_nothing_contracts():
+    """A rule that looks at changes would take a state that is evaluated again for one that has settled."""
+    for seed in range(4):
+        q = torch.linalg.qr(randn(4, 4, seed=seed))[0]
+        loop, run, x = Linear(1.02 * q, randn(6, 4, seed=seed + 9), slope=-1.0), AndersonSolver(3).begin(), randn(6, 4)
+        seen = []
+        for _ in range(60):
+            assert all((x != one).any(1).all() for one in seen)
+            seen.append(x)
+            x = run(x, loop(x))
+
+
 def test_anderson_survives_states_that_are_not_finite():
     """A mixture that overflows is forgotten; its neighbours go on."""
     loop, run, x = linear(0), AndersonSolver().begin(), torch.zeros(6, 12, dtype=DOUBLE)

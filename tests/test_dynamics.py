@@ -22,6 +22,7 @@ from loopwm.dynamics import (
     StackedDynamics,
     WideDynamics,
 )
+from loopwm.dynamics.base import sample_norm
 from loopwm.dynamics.cell import ACTIVATIONS, INJECTIONS, LoopCell, PreparedLoop
 from loopwm.dynamics.depth import sample_depths
 from loopwm.dynamics.spectral import UnitSpectralNorm, spectral_norm_bound
@@ -230,6 +231,51 @@ def test_bound_is_nearly_reached():
     bound = dynamics.lipschitz_bound()
     assert bound * 0.999 < jacobian_norm(loop_for(dynamics, e), h[0]) <= bound
     assert bound == pytest.approx(0.2**0.5 + dynamics.cell.gamma * (1 - 0.2**0.5), rel=1e-3)
+
+
+def test_the_slope_of_silu_is_counted():
+    """Every unit at SiLU's steepest point, W1 and W2 aligned: the true factor is the bound, which 1 would not cover."""
+    dynamics = LoopedDynamics(Z, A, D, block_dim=D, activation="silu").double()
+    with torch.no_grad():
+        for linear in (dynamics.cell.read, dynamics.cell.write):
+            linear.parametrizations.weight.original.copy_(torch.eye(D))
+        dynamics.cell.inject.weight.zero_()
+        dynamics.cell.inject.bias.fill_(2.3994)
+    e, h = torch.zeros(1, D, dtype=DOUBLE), torch.zeros(1, D, dtype=DOUBLE)
+    decay = float(dynamics.cell.decay().max())
+    bound = dynamics.lipschitz_bound()
+    assert bound * 0.999 < jacobian_norm(loop_for(dynamics, e), h[0]) <= bound
+    slope = ACTIVATIONS["silu"][1]
+    assert slope * float(dynamics.cell.block_scale(dynamics.cell.decay())) == pytest.approx(0.95 * (1 - decay))
+    steepest = torch.autograd.functional.jacobian(torch.nn.functional.silu, torch.linspace(2.3, 2.5, 9, dtype=DOUBLE))
+    assert slope - 1e-4 < float(steepest.max()) <= slope
+
+
+@pytest.mark.parametrize("log_dt", [0.0, -3.0])
+@pytest.mark.parametrize("block", ["mlp", "rank"])
+def test_the_certified_distance_holds_in_float32(block, log_dt):
+    """Against the fixed point in float64 of the loop with the same rounded weights, as finely as rounding allows."""
+    torch.manual_seed(0)
+    size, loops = (() if block == "mlp" else (4, 4)), 20_000
+    dynamics = LoopedDynamics(Z, A, D, 4, loops, block=block, block_dim=2 * D, gamma=0.8)
+    with torch.no_grad():
+        for name, p in dynamics.named_parameters():
+            p.add_(log_dt) if "log_dt" in name else p.copy_(torch.randn(p.shape)) if "log" not in name else None
+        z, action = torch.randn(16, Z, *size), torch.randn(16, A)
+        exact, fold = copy.deepcopy(dynamics.cell).double(), dynamics.cell.fold()
+        exact._folded = tuple(part.double() if torch.is_tensor(part) else part for part in fold)
+        loop, fixed = exact.prepare(dynamics.prelude(z, action).double()), dynamics.start(z).double()
+        for _ in range(2500):
+            fixed = loop(fixed)
+        finest = float(dynamics.distance_to_fixed_point(fixed.float(), torch.zeros(fixed.shape)).max())
+        assert finest > 0
+        for distance in (1.2 * finest, 10 * finest):
+            dynamics.halting = CertifiedHalting(distance)
+            out = dynamics(z, action)
+            true = sample_norm(out.h.double() - fixed, dynamics.cell.norm_order)
+            assert int(out.loops.max()) < loops and (true <= distance).all()
+        dynamics.max_loops, dynamics.halting = 400, CertifiedHalting(0.5 * finest)
+        assert int(dynamics(z, action).loops.max()) == 400, "finer than rounding: nothing is certain"
 
 
 @pytest.mark.parametrize("name,loss", [("grow", lambda h: -h.square().mean()), ("sum", lambda h: h.sum())])
@@ -492,11 +538,24 @@ def test_finished_rows_leave_the_batch(monkeypatch):
 
 
 def test_mixed_depths_cost_their_mean():
-    """In the fused node, whose operations FlopCounterMode does not see, by the rows that entered a loop."""
+    """In the fused node, by the rows that entered a loop."""
     dynamics, depths = looped(), torch.tensor([9, 1, 1, 1, 1, 1, 1, 1])
     loop = loop_for(dynamics, torch.ones(8, D, dtype=DOUBLE))
     final, states = unroll(torch.ones(8, D, dtype=DOUBLE), loop, DepthSchedule(depths).active)
     assert final.shape == (8, D) and states().shape == (16, D)
+
+
+def test_the_fused_loop_is_counted_as_many_flops_as_the_plain_one(monkeypatch):
+    """The benchmarks compare training FLOPs by torch's counter, which knows some operations and not others."""
+    dynamics = looped(mean_loops=6, max_loops=6)
+
+    def flops(depth) -> int:
+        with FlopCounterMode(display=False) as counter:
+            dynamics(*inputs(8), depth).z_next.sum().backward()
+        return counter.get_total_flops()
+
+    once, fused = flops(1), flops(torch.full((8,), 6))
+    assert fused == flops(6) > 2 * once
 
 
 def test_empty_batch():

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
-from loopwm.dynamics import LoopedDynamics, StackedDynamics
+from loopwm.dynamics import AndersonSolver, LoopedDynamics, StackedDynamics
+from loopwm.dynamics.adaptive import loop_adaptive
 from loopwm.dynamics.base import sample_norm
-from loopwm.dynamics.gradients import ImplicitGradient, dual_order
+from loopwm.dynamics.gradients import ImplicitGradient, adjoint_iterations, dual_order
+from loopwm.dynamics.halting.steps import _CertifiedRun
 from loopwm.dynamics.rank import START_WEIGHT, RankCell, RankLoop, UnitRowSum, _duels, _RankStep, rank_step
 
 Z, A, D, K = 3, 2, 4, 3
@@ -182,6 +184,29 @@ def test_a_bit_is_relayed_as_far_as_the_loops_and_fades_by_gamma_alone():
         expected = torch.zeros(30, dtype=DOUBLE)
         expected[:reached] = 0.99 ** torch.arange(reached, dtype=DOUBLE)
         torch.testing.assert_close(h.flatten(), expected)
+
+
+def relay_from(cells: int, seed: int) -> RankLoop:
+    """``relay`` on an 8 x 8 grid from random cells: while it spreads, Euclidean residuals rise, the sup norm's fall."""
+    injected = torch.full((2, 1, 8, 8), -10.0, dtype=DOUBLE)
+    injected[0] = 0.0
+    chosen = torch.randperm(64, generator=torch.Generator().manual_seed(seed))[:cells]
+    injected[1].view(-1)[chosen] = 2.0 * randn(cells, seed=seed).abs()
+    one = relay(0.9)
+    return RankLoop(one.decay, torch.zeros(1, 1, 8, 8, dtype=DOUBLE), injected, one.read, one.scale, False)
+
+
+def test_anderson_judges_progress_in_the_norm_in_which_the_loop_contracts():
+    """It ends within the certified distance, after at most one detour for every step that rho = 0.9 allows."""
+    for seed in range(8):
+        loop, start = relay_from(1 + seed % 4, seed), torch.zeros(1, 1, 8, 8, dtype=DOUBLE)
+        fixed = start
+        for _ in range(1000):
+            fixed = loop(fixed)
+
+        rule, solver = _CertifiedRun(0.9, 1e-6, math.inf), AndersonSolver().begin(math.inf)
+        out = loop_adaptive(loop, start, rule, solver, 1, 2 * adjoint_iterations(0.9, 1e-6))
+        assert float((out.h - fixed).abs().max()) <= 1e-6
 
 
 def test_what_only_supports_itself_decays():

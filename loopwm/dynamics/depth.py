@@ -25,7 +25,7 @@ class DepthSchedule:
         values = depth.cpu()
         if int(values.min()) < 1:
             raise ValueError(f"depth must be at least 1, got {int(values.min())}")
-        self.loops = depth.long()  # (B,) in the caller's order
+        self.loops = depth.long().clone()  # (B,) in the caller's order; the caller's own may change
         self.order: Tensor | None = None
         if bool((values[1:] > values[:-1]).any()):
             self.order = values.argsort(descending=True, stable=True).to(depth.device)

@@ -110,7 +110,7 @@ def solve_adjoint(
     the step is down to rounding; norms of an ``order`` in which u d(after)/d(before) contracts by rho. Returns
     (u, iterations).
     """
-    run, u = solver.begin(), grad
+    run, u = solver.begin(order), grad
     goal = tolerance * sample_norm(grad, order) * (1.0 - rho) / max(rho, 1e-12)  # (B,) size of the last step
     rounding = 4 * torch.finfo(grad.dtype).eps
     done = goal <= 0

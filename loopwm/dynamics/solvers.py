@@ -29,7 +29,8 @@ class SolverRun(Protocol):
 class PlainSolver:
     """x[t+1] = f(x[t]). Keeps nothing, so it is its own run."""
 
-    def begin(self) -> SolverRun:
+    def begin(self, order: float = 2.0) -> SolverRun:
+        """The run of one prediction; the norm makes no difference to it."""
         return self
 
     def __call__(self, x: Tensor, fx: Tensor) -> Tensor:
@@ -47,9 +48,10 @@ class AndersonSolver:
     batch.
 
     Safe: an evaluation whose residual did not fall forgets its sample's history and goes on from f of the best state
-    so far, which is a plain step. So the best residual never rises, no two evaluations in a row fail where f
-    contracts, and after a failure it falls by the contraction factor at least. Without that, folded maps exist on
-    which the mixture never converges.
+    so far, which is a plain step. Where f contracts in the norm of ``order`` no two evaluations in a row fail, the
+    best residual never rises, and after a failure it falls by the contraction factor at least. Without that, folded
+    maps exist on which the mixture never converges. A plain step is always taken: where f does not contract, the
+    iteration goes on, and no state is evaluated twice.
 
     Args:
         memory: m, differences kept. ridge: weight of |g|^2 in the least squares, relative to the mean square of dr.
@@ -63,28 +65,30 @@ class AndersonSolver:
             raise ValueError(f"Anderson acceleration needs memory >= 1 and ridge > 0, got {memory}, {ridge}")
         self.memory, self.ridge = memory, ridge
 
-    def begin(self) -> SolverRun:
-        return _AndersonRun(self.memory, self.ridge)
+    def begin(self, order: float = 2.0) -> SolverRun:
+        """The run of one prediction, which judges progress in the norm of an ``order`` (2: Euclidean, inf, 1)."""
+        return _AndersonRun(self.memory, self.ridge, order)
 
 
 class _AndersonRun:
     """History of the running samples. ``best`` is also the evaluation that differences are taken against."""
 
-    def __init__(self, memory: int, ridge: float):
-        self.memory, self.ridge, self.count = memory, ridge, 0
-        self.best: list[Tensor] = []  # f(x) (n, S), r (n, S), |r| (n,)
+    def __init__(self, memory: int, ridge: float, order: float):
+        self.memory, self.ridge, self.order, self.count = memory, ridge, order, 0
+        self.best: list[Tensor] = []  # f(x) (n, S), r (n, S), |r| (n,), whether a plain step follows (n,)
         self.history: list[Tensor] = []  # df, dr, each (n, m, S)
 
     def __call__(self, x: Tensor, fx: Tensor) -> Tensor:
         f = fx.flatten(1)  # (n, S)
         r = (fx - x).flatten(1)
-        size = sample_norm(r).detach()  # (n,)
+        size = sample_norm(r, self.order).detach()  # (n,)
         if not self.best:
-            self.best = [f, r, size]
+            self.best = [f, r, size, torch.ones_like(size, dtype=torch.bool)]
             self.history = [f.new_zeros(f.shape[0], self.memory, f.shape[1]) for _ in range(2)]
             return fx
         better = size < self.best[2]  # also False where a step left the finite numbers
-        fresh = better.unsqueeze(1)  # (n, 1)
+        taken = better | (self.best[3] & size.isfinite())
+        fresh, new = better.unsqueeze(1), taken.unsqueeze(1)  # (n, 1)
         differences = [torch.where(fresh, a - b, 0.0) for a, b in zip((f, r), self.best, strict=False)]
         slot = self.count % self.memory
         self.count += 1
@@ -92,8 +96,8 @@ class _AndersonRun:
             torch.cat([h[:, :slot], d.unsqueeze(1), h[:, slot + 1 :]], 1) * fresh.unsqueeze(2)
             for h, d in zip(self.history, differences, strict=True)
         ]
-        f, r = torch.where(fresh, f, self.best[0]), torch.where(fresh, r, self.best[1])
-        self.best = [f, r, torch.where(better, size, self.best[2])]
+        f, r = torch.where(new, f, self.best[0]), torch.where(new, r, self.best[1])
+        self.best = [f, r, torch.where(taken, size, self.best[2]), ~better]
         weights = self._weights(self.history[1].detach(), r.detach())  # (n, m)
         return (f - (weights.unsqueeze(1) @ self.history[0]).squeeze(1)).view_as(fx)
 

@@ -35,7 +35,7 @@ class _Unroll(torch.autograd.Function):
             torch.addmm(injected[:rows], state, read, out=hidden).relu_()
             # in place on the final buffer: rows that finish keep the value of their last loop
             torch.addcmul(constant[:rows], state, decay, out=out)
-            out.addmm_(hidden, write)
+            torch.addmm(out, hidden, write, out=out)  # not addmm_, which torch's FLOP counter does not see
             start = end
         ctx.save_for_backward(states, inner, decay, read, write)
         ctx.active = active
@@ -63,7 +63,7 @@ class _Unroll(torch.autograd.Function):
             relu_backward(g_pre, inner[start:end], 0, grad_input=g_pre)
             grad_constant[:rows] += g_out
             grad_injected[:rows] += g_pre
-            g.mul_(decay).addmm_(g_pre, read_t)
+            torch.addmm(g.mul_(decay), g_pre, read_t, out=g)
             if grad_states is not None:
                 g += grad_states[start:end]
             end = start

@@ -44,6 +44,7 @@ class HaltingRule(nn.Module):
 
 
 def positive(value: float, name: str) -> float:
+    """``value``, if it is. Raises ValueError, which says ``name``, unless it is above zero."""
     if not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
     return value

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from loopwm.dynamics.base import relative_step, sample_norm
+from loopwm.dynamics.base import relative_step, rounding_error, sample_norm
 from loopwm.dynamics.halting.rule import HaltingRule, HaltingRun, positive
 
 if TYPE_CHECKING:
@@ -62,10 +62,12 @@ class _SecondDifferenceRun:
 
 
 class CertifiedHalting(HaltingRule):
-    """Stop when the state is certainly within ``distance`` of its fixed point: rho / (1 - rho) * ||step|| < distance.
+    """Stop when the state is certainly within ``distance`` of its fixed point.
 
-    Banach's a-posteriori bound, with the dynamics' own ``lipschitz_bound()`` read anew for every prediction (cached
-    while the weights stay as they are). Where the bound is not below one nothing is certain, and nothing stops.
+    (rho ||step|| + r) / (1 - rho) < distance: Banach's a-posteriori bound, with the dynamics' own
+    ``lipschitz_bound()`` read anew for every prediction (cached while the weights stay as they are), and r what
+    rounding may do to one loop (``rounding_error``). Where the bound is not below one nothing is certain, and nothing
+    stops; nor where ``distance`` is finer than rounding allows.
     Raises ValueError unless distance > 0.
     """
 
@@ -86,12 +88,13 @@ class _CertifiedRun:
     sees_every_loop = False
 
     def __init__(self, rho: float, distance: float, order: float):
-        self.order = order  # of the norm in which rho is a factor
-        self.longest_step = distance * (1.0 - rho) / max(rho, 1e-12)  # at most zero where rho >= 1: never reached
+        self.rho, self.order = rho, order  # of the norm in which rho is a factor
+        self.margin = distance * (1.0 - rho)  # at most zero where rho >= 1: never reached
 
     @torch.no_grad()
     def __call__(self, h: Tensor, previous: Tensor) -> Tensor:
-        return sample_norm(h - previous, self.order) < self.longest_step
+        step = sample_norm(h - previous, self.order)
+        return self.rho * step + rounding_error(h, self.order) < self.margin
 
     def keep(self, index: Tensor) -> None:
         """Nothing to keep."""
