@@ -39,7 +39,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 evaluated, 2 something to correct."""
+    """Exit code: 0 evaluated, 2 something to correct, 130 interrupted."""
     args = parse(arguments)
     try:
         agent, cfg, frames = load_agent(args.run_dir, plan_loops=args.loops, plan_samples=args.samples)
@@ -48,6 +48,8 @@ def main(arguments: list[str]) -> int:
     except USER_ERRORS as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130  # the shell's exit code for Ctrl-C
     summary = {
         "run_dir": str(args.run_dir),
         "task": cfg.task.id,

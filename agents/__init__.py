@@ -71,12 +71,15 @@ def resolve_device(name: str) -> torch.device:
     """``auto`` is cuda where there is one, else cpu.
 
     Raises:
-        ConfigError: a cuda device was named and there is none.
+        ConfigError: a cuda device was named that is not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device={name!r}: torch sees no cuda device here; use device=cpu or device=auto")
+    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ConfigError(f"device={name!r}: torch sees no such device here; the last is cuda:{last}")
     return torch.device(name)
 
 

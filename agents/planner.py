@@ -334,15 +334,23 @@ class PlannerAgent:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises KeyError or RuntimeError where ``state`` is of another agent."""
+        """Go on from ``state``, whichever device it was saved on.
+
+        Raises:
+            KeyError, RuntimeError: ``state`` is of another agent.
+        """
         for name, optimizer in self._optimizers().items():
             optimizer.load_state_dict(state["optimizers"][name])
         for name, ema in self.targets.items():
             ema.target.copy_(state["targets"][name])
-        self.generator.set_state(state["generator"].cpu())
+        stream = state["generator"].cpu()
+        if stream.shape == self.generator.get_state().shape:
+            self.generator.set_state(stream)
+        else:  # of another kind of device, which cannot take it up: a stream of this agent's own, by where it stands
+            self.generator.manual_seed(self.generator.initial_seed() + state["updates"])
         self.depth_generator.set_state(state["depth_generator"].cpu())
         self.updates, self.acted = state["updates"], state["acted"]
-        self._noise.state = state["noise"]
+        self._noise.state = None if state["noise"] is None else state["noise"].to(self.device)
 
     def _optimizers(self) -> dict[str, FlatAdam]:
         return {"model": self.model_optimizer, "value": self.value_optimizer, "policy": self.policy_optimizer}

@@ -23,6 +23,9 @@ def load(name: str, task: str, render: bool) -> gymnasium.Env:
     """
     if render:
         prefer_egl()
+    module, colon, _ = name.partition(":")
+    if colon and (name.count(":") > 1 or not all(part.isidentifier() for part in module.split("."))):
+        raise TaskError(f"task '{task}': one that a module registers is written gym/<module>:<id>")
     try:
         # No checker: it costs time at every step, and the tests run gymnasium's full one.
         return gymnasium.make(name, render_mode="rgb_array" if render else None, disable_env_checker=True)

@@ -79,6 +79,7 @@ class Matches(NamedTuple):
 Count = Annotated[int, Within(1)]  # 1, 2, ...
 Whole = Annotated[int, Within(0)]  # 0, 1, 2, ...
 Seed = Annotated[int, Within(0, 2**32 - 1)]  # what numpy takes
+Threads = Annotated[int, Within(0, 1024)]  # torch dies of very many
 Positive = Annotated[float, Within(0, open=True)]  # > 0
 NonNegative = Annotated[float, Within(0)]  # >= 0
 Fraction = Annotated[float, Within(0, 1, open=True)]  # in (0, 1)
@@ -231,6 +232,12 @@ class PlannerConfig(Section):
     plan_policy_std: NonNegative = 0.2  # spread of the perturbed policy sequences of a plan, action units
     plan_collect: bool = True  # plan while collecting training data too, yes or no; no: the policy collects
 
+    def check(self) -> None:
+        """The world model's batch is part of the batch."""
+        if self.model_batch_size > self.batch_size:
+            most = f"agent.batch_size={self.batch_size}"
+            raise ConfigError(f"agent.model_batch_size={self.model_batch_size}: must be at most {most}")
+
 
 @dataclass(frozen=True)
 class ReplayConfig(Section):
@@ -262,7 +269,7 @@ class Config(Section):
     checkpoint_every: Count = 5000  # distance between checkpoints, env frames
     video_every: Whole = 0  # distance between evaluation videos, env frames; 0: one at the end only
     device: Device = "auto"  # auto, cpu, cuda or cuda:N; auto: cuda where there is one
-    threads: Whole = 0  # torch's threads inside one operation, count; 0: leave torch's own choice
+    threads: Threads = 0  # torch's threads inside one operation, count; 0: leave torch's own choice
 
     def check(self) -> None:
         """An earlier loop exists where it is trained."""
@@ -297,12 +304,13 @@ def save_config(cfg: Config, path: str | os.PathLike[str]) -> None:
 
 # What runs did that were begun before a field was there, where its default is something else.
 BEFORE: dict[str, dict[str, Scalar]] = {"agent": {"priority": 0.0}}
+BEFORE_AS = {"agent": {"eval_samples": "plan_samples"}}  # the same, where it was another field's value
 
 
 def read_config(path: str | os.PathLike[str]) -> Config:
     """The config that save_config wrote. Fields the file lacks are as they were before they existed.
 
-    That is their default, but for those of ``BEFORE``. Raises ConfigError.
+    That is their default, but for those of ``BEFORE`` and ``BEFORE_AS``. Raises ConfigError.
     """
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -314,7 +322,9 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         raise ConfigError(f"{path}: not valid yaml" + (f" at line {mark.line + 1}" if mark else "")) from None
     for section, values in BEFORE.items():
         if isinstance(tree, dict) and isinstance(tree.get(section), dict):
-            tree[section] = values | tree[section]
+            known = tree[section]
+            same = {name: known[other] for name, other in BEFORE_AS[section].items() if other in known}
+            tree[section] = values | same | known
     try:
         return _build(Config, tree)
     except ConfigError as error:

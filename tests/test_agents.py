@@ -622,6 +622,17 @@ def test_learn_waits_for_the_first_transition():
 # ---- keeping ------------------------------------------------------------------------------------------
 
 
+def test_an_agent_that_was_saved_on_another_kind_of_device_is_restored():
+    """A CUDA generator's state is of 16 bytes, which one on the CPU refuses."""
+    first, second = make(plan_collect=True), make(seed=5)
+    first.act(observations(), explore=True)
+    state = copy.deepcopy(first.state_dict()) | {"generator": torch.zeros(16, dtype=torch.uint8)}
+    second.load_state_dict(state)
+    assert same(first.state_dict()["optimizers"], second.state_dict()["optimizers"])
+    assert (first.evaluator().act(observations()) == second.evaluator().act(observations())).all()
+    second.act(observations(), explore=True)
+
+
 @KINDS
 def test_a_restored_agent_goes_on_bit_for_bit(discrete):
     first, second = make(discrete, plan_collect=True), make(discrete, seed=5, plan_collect=True)

@@ -55,6 +55,8 @@ MISTAKES = [
     (["dynamics.halting=certified", "dynamics.mode=linear"], "dynamics.halting=certified: needs dynamics.mode=cert"),
     (["dynamics.gradient=implicit", "dynamics.order=aabb"], "needs dynamics.order=abab"),
     (["dynamics.gradient=implicit", "dynamics.mode=linear"], "dynamics.gradient=implicit: needs"),
+    (["agent.batch_size=32"], "agent.model_batch_size=64: must be at most agent.batch_size=32"),
+    (["threads=1000000000000"], "threads"),
     (["dynamics=wide", "agent.early_weight=1"], "agent.early_weight: needs dynamics=looped"),
     (["dynamics.gradient=implicit", "agent.early_weight=1"], "agent.early_weight: needs"),
     (["seed=abc"], "seed='abc': must be a whole number"),
@@ -130,6 +132,13 @@ def test_a_config_from_before_priorities_is_read_as_what_its_run_did(tmp_path) -
     assert read_config(path).agent.priority == 0.0
     save_config(load_config([]), path)
     assert read_config(path).agent.priority == load_config([]).agent.priority > 0.0
+
+
+def test_a_config_from_before_evaluations_had_a_budget_of_their_own_keeps_its_own(tmp_path) -> None:
+    path = tmp_path / "config.yaml"
+    save_config(load_config(["agent.plan_samples=200"]), path)
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "eval_samples" not in line))
+    assert read_config(path).agent.eval_samples == 200
 
 
 def test_the_fast_agent_is_the_planner_with_fewer_updates_of_the_model() -> None:

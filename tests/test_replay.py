@@ -225,6 +225,18 @@ def test_memory_mapped_equals_in_memory(tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
+def test_a_folder_serves_one_replay_at_a_time(tmp_path):
+    """Its files are written anew, also under the feet of a run that uses them."""
+    path = str(tmp_path / "replay")
+    first = filled(20, 4 * 32, path=path)
+    before = first.obs.copy()
+    with pytest.raises(ConfigError, match="replay.path=.*in use"):
+        Replay(4 * 32, 4, 3, 2, path=path)
+    np.testing.assert_array_equal(first.obs, before)
+    del first
+    Replay(4 * 32, 4, 3, 2, path=path)
+
+
 @pytest.mark.parametrize("steps", [20, 32, 75])
 def test_slice_and_restore(steps):
     replay, copy = filled(steps, 4 * 32), Replay(4 * 32, 4, 3, 2)

@@ -9,7 +9,6 @@ checkpoints/
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from loopwm.training.lock import lock_folder
 from loopwm.training.replay import Replay
 
 KEEP = 2
@@ -35,13 +35,9 @@ def lock_run(run_dir: Path) -> IO[str]:
     Raises:
         CheckpointError: another process holds it. OSError: it cannot be written.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    handle = (run_dir / ".lock").open("a+")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.close()
-        raise CheckpointError(f"{run_dir} is in use by another process; stop it or choose another run_dir") from None
+    handle = lock_folder(run_dir)
+    if handle is None:
+        raise CheckpointError(f"{run_dir} is in use by another process; stop it or choose another run_dir")
     return handle
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from loopwm.config import ConfigError
+from loopwm.training.lock import lock_folder
 from loopwm.training.priorities import Priorities
 
 
@@ -49,7 +50,7 @@ class Replay:
 
     Raises:
         ConfigError: a capacity larger than the memory, or too small for three rows a stream (of two, none may
-        begin a transition).
+        begin a transition); a path that another run uses. OSError: a path that cannot be written.
     """
 
     FIELDS = ("obs", "action", "reward", "terminated", "is_last")
@@ -59,6 +60,9 @@ class Replay:
         if self.rows < 3:
             raise ConfigError(f"replay.capacity={capacity}: must be at least {3 * num_envs} for num_envs={num_envs}")
         self._path = Path(path) if path else None
+        self._lock = lock_folder(self._path) if self._path else None  # its files are written anew
+        if self._path and self._lock is None:
+            raise ConfigError(f"replay.path={path}: in use by another process; choose another folder")
         self.obs = self._allocate("obs", np.float32, obs_dim)
         self.action = self._allocate("action", np.float32, action_dim)
         self.reward = self._allocate("reward", np.float32)
@@ -76,7 +80,6 @@ class Replay:
                 return np.zeros(shape, dtype)
             except (MemoryError, ValueError):  # ValueError: beyond what an address can say
                 raise ConfigError(f"replay.capacity={self.rows * self.num_envs}: more than the memory holds") from None
-        self._path.mkdir(parents=True, exist_ok=True)
         return np.lib.format.open_memmap(self._path / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
 
     def __len__(self) -> int:
