@@ -44,13 +44,13 @@ def mppi(
     std = torch.full_like(mean, budget.max_std)
     prior_value: Tensor | None = None
     for _ in range(budget.iterations):
-        fresh = _draw(mean, std, drawn, generator, discrete)  # (H, N, S - P, A)
+        fresh = draw(mean, std, drawn, generator, discrete)  # (H, N, S - P, A)
         actions = torch.cat([prior, fresh], 2)  # (H, N, S, A)
         if prior_value is None:
-            value = _score_all(score, z, actions)  # (N, S)
+            value = score_all(score, z, actions)  # (N, S)
             prior_value = value[:, :from_policy]
         else:  # the policy's sequences stay what they were, and so does their worth
-            value = torch.cat([prior_value, _score_all(score, z, fresh)], 1)
+            value = torch.cat([prior_value, score_all(score, z, fresh)], 1)
         elite_value, elite = value.nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9).topk(budget.elites, dim=1)  # (N, E)
         index = elite.view(1, envs, -1, 1).expand(horizon, -1, -1, action_dim)
         chosen = actions.gather(2, index)  # (H, N, E, A)
@@ -65,7 +65,7 @@ def mppi(
     return mean[0].clamp(-1.0, 1.0), mean
 
 
-def _score_all(score: Score, z: Tensor, actions: Tensor) -> Tensor:
+def score_all(score: Score, z: Tensor, actions: Tensor) -> Tensor:
     """z (N, Z), actions (H, N, S, A) -> returns (N, S)."""
     horizon, envs, samples, action_dim = actions.shape
     if not samples:
@@ -74,8 +74,8 @@ def _score_all(score: Score, z: Tensor, actions: Tensor) -> Tensor:
     return score(rows, actions.reshape(horizon, -1, action_dim)).view(envs, samples)
 
 
-def _draw(mean: Tensor, std: Tensor, count: int, generator: torch.Generator, discrete: bool) -> Tensor:
-    """(H, N, A) -> ``count`` sequences (H, N, count, A)."""
+def draw(mean: Tensor, std: Tensor, count: int, generator: torch.Generator, discrete: bool) -> Tensor:
+    """``count`` action sequences (H, N, count, A) around mean (H, N, A), with spread std (H, N, A)."""
     shape = (*mean.shape[:2], count, mean.shape[2])
     if not discrete:
         noise = torch.randn(shape, generator=generator, device=mean.device)

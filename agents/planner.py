@@ -16,7 +16,7 @@ from torch import Tensor
 
 from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
 from agents.exploration import CorrelatedNoise
-from agents.mppi import PlanBudget, mppi
+from agents.mppi import PlanBudget, draw, mppi
 from agents.optim import EMATarget, FlatAdam
 from loopwm.config import PlannerConfig
 from loopwm.model.losses import weighted_sum, world_model_losses
@@ -117,7 +117,14 @@ class PlannerAgent:
         budget = self.budget
         with self.slow_model.frozen():
             prior = self._policy_sequences(z, budget)
-            return mppi(z, prior, prior[:, :, 0], self._score, budget, self.generator, self.discrete)[0]
+            return mppi(z, prior, prior[:, :, 0], self.score, budget, self.generator, self.discrete)[0]
+
+    def draw_plans(self, z: Tensor) -> Tensor:
+        """The sequences (H, N, S, A) that a plan from z (N, Z) begins with: what it chooses among."""
+        budget = self.budget
+        mean = self._policy_sequences(z, budget)[:, :, 0]  # (H, N, A)
+        std = torch.full_like(mean, budget.max_std)
+        return draw(mean, std, budget.samples, self.generator, self.discrete)
 
     def _policy_sequences(self, z: Tensor, budget: PlanBudget) -> Tensor:
         """Imagined policy action sequences (H, N, P, A): the first is the policy's own, the others are perturbed."""
@@ -132,7 +139,7 @@ class PlannerAgent:
                 rows = self.slow_model.dynamics(rows, actions[-1], self._plan_depth()).z_next
         return torch.stack(actions).view(budget.horizon, z.shape[0], budget.policy_samples, -1)
 
-    def _score(self, z: Tensor, actions: Tensor) -> Tensor:
+    def score(self, z: Tensor, actions: Tensor) -> Tensor:
         """Imagined return (R,) of actions (H, R, A) from z (R, Z), with the value at the end."""
         rollout = self.slow_model.rollout(z, actions, self._plan_depth())
         reward, continuation = self.slow_model.predict(rollout.h)  # (H, R)

@@ -8,6 +8,8 @@ Each run plays episodes by its policy alone, and what it imagined on the way is 
   left unexplained (1: no better than their mean), at the planner's own number of loops and at twice as many;
 - value: the mean of both values against the discounted return that followed, where so much of the episode was left
   that all but a twentieth of it is known; no figure where episodes are too short for that;
+- plan: how far apart the scores of the sequences that one plan draws lie, and how far the value at the end of an
+  imagined sequence lies from that of the state which really came, which should be less;
 - policy and planner: their returns on the same episodes.
 """
 
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 
 from agents import PlannerAgent, load_agent
+from agents.mppi import score_all
 from benchmarks.harness import interval, parser, report
 from envs import TaskError, make_vector_env
 from loopwm.config import ConfigError
@@ -110,6 +113,28 @@ def value_errors(agent: PlannerAgent, data: Episodes) -> dict[str, float]:
     }
 
 
+def plan_errors(agent: PlannerAgent, data: Episodes, depth: int | None, states: int = 64) -> dict[str, float]:
+    """What a plan decides by, and how wrong the value is that its sequences end in: in units of the return.
+
+    The scores' spread is the standard deviation over a plan's drawn sequences, the median over ``states`` states.
+    Nothing where plans have less than two.
+    """
+    if agent.config.plan_samples < 2:
+        return {}
+    horizon, model = agent.config.plan_horizon, agent.slow_model
+    starts, z = data.obs.shape[0] - horizon, model.encode(data.obs)  # (T, E, Z)
+    windows = torch.stack([data.action[k : k + starts].flatten(0, 1) for k in range(horizon)])  # (H, T' * E, A)
+    begin, came = z[:starts].flatten(0, 1), z[horizon:].flatten(0, 1)  # (T' * E, Z)
+    imagined = model.rollout(begin, windows, depth).z[-1]
+    worth = [agent.value.values(end, agent.policy(end)[0]).mean(0) for end in (imagined, came)]  # (T' * E,)
+    some = begin[torch.linspace(0, len(begin) - 1, min(states, len(begin))).long()]  # (N, Z)
+    drawn = agent.draw_plans(some)  # (H, N, S, A)
+    return {
+        "value at a plan's end, imagined minus real, rms": float((worth[0] - worth[1]).square().mean().sqrt()),
+        "scores of a plan, spread": float(score_all(agent.score, some, drawn).std(1).median()),
+    }
+
+
 @torch.no_grad()
 def diagnose(run_dir: Path, episodes: int) -> dict[str, Any]:
     """Everything about one run."""
@@ -124,7 +149,7 @@ def diagnose(run_dir: Path, episodes: int) -> dict[str, Any]:
         for name, one in (("policy", policy), ("planner", agent))
     }
     found = {f"return, {name}": value for name, value in returns.items()} | value_errors(policy, data)
-    found |= model_errors(agent, data, depth)
+    found |= model_errors(agent, data, depth) | plan_errors(agent, data, depth)
     if depth:
         found |= {f"{name}, twice the loops": v for name, v in model_errors(agent, data, 2 * depth).items()}
     names = {"run": str(run_dir), "task": cfg.task.id, "dynamics": cfg.dynamics.name, "seed": cfg.seed}

@@ -1,5 +1,6 @@
 """The benchmarks of agents: what they read, and figures whose answer is known."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -140,6 +141,28 @@ def test_a_value_is_held_against_the_return_that_followed():
     assert found["values apart"] == pytest.approx(0.0, abs=1e-5)
     short = Episodes(*(x[:3] for x in data))
     assert diagnose.value_errors(agent, short) == {}
+
+
+def test_what_a_plan_decides_by_is_held_against_what_it_ends_in():
+    """The spread of known scores, and the value at the imagined and at the real end of one step, by hand."""
+    words = ["agent.plan_samples=400", "agent.plan_std_final=0.1", "agent.plan_std=0.1", "agent.plan_horizon=1"]
+    agent = make_agent(load_config([*TINY, *words]), 3, 2, False)
+    data = Episodes(torch.randn(12, 2, 3), torch.zeros(12, 2, 2), torch.zeros(12, 2))
+    agent.score = lambda z, actions: 5.0 * actions[0, :, 0]
+    with torch.no_grad():
+        found = diagnose.plan_errors(agent, data, 2)
+        assert found["scores of a plan, spread"] == pytest.approx(0.5, rel=0.1)
+        assert found["value at a plan's end, imagined minus real, rms"] == pytest.approx(0.0, abs=1e-6)  # a fresh value
+        for member in agent.value.members:
+            torch.nn.init.normal_(member[-1].weight)
+        found = diagnose.plan_errors(agent, data, 2)
+        z = agent.encode(data.obs)
+        ends = [agent.slow_model.dynamics(z[:-1].flatten(0, 1), torch.zeros(22, 2), 2).z_next, z[1:].flatten(0, 1)]
+        worth = [agent.value.values(end, agent.policy(end)[0]).mean(0) for end in ends]
+        off = float((worth[0] - worth[1]).square().mean().sqrt())
+        assert found["value at a plan's end, imagined minus real, rms"] == pytest.approx(off) and off > 0
+    agent.config = dataclasses.replace(agent.config, plan_samples=0)
+    assert diagnose.plan_errors(agent, data, 2) == {}
 
 
 def test_a_model_is_held_against_what_came_each_step_ahead():

@@ -413,7 +413,7 @@ def test_score_is_the_imagined_return():
     with torch.no_grad():
         z = agent.world_model.encode(torch.as_tensor(observations(7)))
         actions = torch.rand(3, 7, A) * 2 - 1
-        given, worth, expected = agent._score(z, actions), torch.ones(7), torch.zeros(7)
+        given, worth, expected = agent.score(z, actions), torch.ones(7), torch.zeros(7)
         for action in actions:
             step = agent.slow_model.step(z, action, 2)
             expected, worth, z = expected + worth * step.reward, worth * 0.8 * step.continuation, step.z_next
