@@ -203,7 +203,7 @@ class PlannerAgent:
     def update(self, replay: Any) -> dict[str, Tensor]:
         """One gradient step of the world model, the value and the policy, on one batch."""
         c = self.config
-        length = max(c.horizon, c.n_step)
+        length = max(c.horizon, c.n_step + c.imagined_steps)
         batch = replay.sample(c.batch_size, length)
         obs, action, reward, terminated, mask = (torch.as_tensor(x, device=self.device) for x in batch[:5])
         metrics: dict[str, Tensor] = {}
@@ -218,9 +218,15 @@ class PlannerAgent:
             z = self.encode(obs[0])  # (B, Z)
             z_end = self.encode(obs[n])  # (B, Z); the last row of shorter sequences, by padding
             target = self._value_target(z_end, reward[:n], terminated[:n], mask[:n])  # (B,)
-        found, logits = self._update_value(z, action[0], target)
+            rows = [z, action[0], target, torch.ones_like(target)]
+            if c.imagined_steps:
+                imagined = self._imagined_rows(z, obs, action, reward, terminated, mask)
+                rows = [torch.cat(pair) for pair in zip(rows, imagined, strict=True)]
+        z = rows[0]
+        found, logits = self._update_value(*rows)
         metrics |= found
         if c.priority:
+            logits = logits[:, : len(target)]
             error = (self.value.code.decode(logits) - target).abs().amax(0)  # (B,), the larger of the two values'
             self._prioritise(replay, batch.start, error)
         if self.updates % c.policy_every == 0:
@@ -229,6 +235,26 @@ class PlannerAgent:
         self.targets["policy"].update()
         self.updates += 1
         return metrics
+
+    def _imagined_rows(
+        self, z: Tensor, obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, mask: Tensor
+    ) -> list[Tensor]:
+        """[z_t (M, Z), action_t (M, A), target_t (M,), weight (M,)] of the first M = ``model_batch_size`` sequences.
+
+        z_t is imagined from z (B, Z) along the actions that were taken, row by row at t = 1 .. ``imagined_steps`` in
+        turn; action and target are those of the real step t, and its weight is one if the episode had it. A plan ends
+        in imagined latents, whose value it reads (TD-MPC2, 2310.16828, trains value and policy on such alone).
+        """
+        c, n = self.config, self.config.n_step
+        row = torch.arange(c.model_batch_size, device=self.device)
+        t = 1 + row % c.imagined_steps  # (M,)
+        with self.slow_model.frozen():
+            rollout = self.slow_model.rollout(z[row], action[: c.imagined_steps, row], self._plan_depth())
+        window = t + torch.arange(n, device=self.device).unsqueeze(1)  # (n, M)
+        later = (reward[window, row], terminated[window, row], mask[window, row])
+        target = self._value_target(self.encode(obs[t + n, row]), *later)
+        goes_on = (mask * (1.0 - terminated)).cumprod(0)  # (L, B), whether the episode goes on after each step
+        return [rollout.z[t, row], action[t, row], target, goes_on[t - 1, row] * mask[t, row]]
 
     def _prioritise(self, replay: Any, start: np.ndarray, error: Tensor) -> None:
         """Transitions ``start`` (B,) whose values were off by ``error`` (B,) are drawn by it from now on.
@@ -282,10 +308,13 @@ class PlannerAgent:
         value = self.value_target.values(z_end, action).amin(0)
         return returns + bootstrap * value
 
-    def _update_value(self, z: Tensor, action: Tensor, target: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """(metrics, the logits (E, B, bins) before the step)."""
+    def _update_value(
+        self, z: Tensor, action: Tensor, target: Tensor, weight: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """(metrics, the logits (E, B, bins) before the step); target and weight (B,)."""
         logits = self.value(z, action)  # (E, B, bins)
-        loss = self.value.code.loss(logits, target.expand(logits.shape[0], -1)).sum(0).mean()
+        losses = self.value.code.loss(logits, target.expand(logits.shape[0], -1)).sum(0)  # (B,)
+        loss = (losses * weight).sum() / weight.sum()
         self.value_optimizer.zero_grad()
         loss.backward()
         norm = self.value_optimizer.step()

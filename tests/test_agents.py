@@ -305,6 +305,7 @@ def check_actions(action: np.ndarray, discrete: bool, envs: int = N) -> None:
         {"plan_samples": 0},
         {"plan_collect": True},
         {"plan_loops": 0},
+        {"imagined_steps": 2},
         {"seed_steps": 0},
         {"plan_horizon": 1},
     ],
@@ -494,6 +495,52 @@ def test_the_value_is_read_where_the_sequence_ends(monkeypatch):
     assert seen["target"][0].shape == (3, 12)
 
 
+def test_imagined_rows_are_the_real_steps_of_imagined_latents(monkeypatch):
+    """Row by row by hand: latents from the model, actions and targets of the real step, weight where there is one."""
+    agent = make(imagined_steps=2, n_step=2, plan_loops=3, smooth_std=0.0, model_batch_size=6, batch_size=12)
+    monkeypatch.setattr(agent.value_target, "values", lambda z, action: z.sum(-1).expand(2, -1))
+    replay = filled_replay()
+    batch = replay.sample(12, 4)
+    obs, action, reward, terminated, mask = (torch.as_tensor(x) for x in batch[:5])
+    with torch.no_grad():
+        z = agent.encode(obs[0])
+        latents, actions, targets, weights = agent._imagined_rows(z, obs, action, reward, terminated, mask)
+        assert latents.shape == (6, 6) and targets.shape == weights.shape == (6,)
+        for row in range(6):
+            t, state = 1 + row % 2, z[row : row + 1]
+            for k in range(t):
+                state = agent.slow_model.dynamics(state, action[k, row : row + 1], 3).z_next
+            torch.testing.assert_close(latents[row], state[0])
+            assert (actions[row] == action[t, row]).all()
+            there = bool(mask[: t + 1, row].all()) and not terminated[:t, row].any()
+            assert weights[row] == float(there)
+            if there:
+                columns = [x[t : t + 2, row : row + 1] for x in (reward, terminated, mask)]
+                expected = agent._value_target(agent.encode(obs[t + 2, row : row + 1]), *columns)
+                torch.testing.assert_close(targets[row], expected[0])
+    assert set(weights.tolist()) == {0.0, 1.0}
+
+
+def test_value_and_policy_learn_on_imagined_latents_too(monkeypatch):
+    agent, seen = make(imagined_steps=2), {}
+    for name in ("_update_value", "_update_policy"):
+        kept = getattr(agent, name)
+        monkeypatch.setattr(
+            agent, name, lambda z, *rest, kept=kept, name=name: seen.update({name: z}) or kept(z, *rest)
+        )
+    agent.update(filled_replay())
+    assert len(seen["_update_value"]) == 12 + 6 and seen["_update_policy"] is seen["_update_value"]
+
+
+def test_rows_without_weight_teach_the_value_nothing():
+    one, other = make(), make()
+    z, action, target = torch.randn(8, 6), torch.zeros(8, A), torch.randn(8)
+    weight = (torch.arange(8) < 5).float()
+    one._update_value(z, action, target, weight)
+    other._update_value(z[:5], action[:5], target[:5], torch.ones(5))
+    torch.testing.assert_close(one.value_optimizer.flat, other.value_optimizer.flat)
+
+
 def test_smoothing_noise_is_clipped(monkeypatch):
     agent, seen = make(smooth_std=100.0, smooth_clip=0.1), []
     monkeypatch.setattr(agent.value_target, "values", lambda z, action: seen.append(action) or torch.zeros(2, 50))
@@ -552,7 +599,7 @@ def test_each_loss_trains_its_own_part():
     z = torch.randn(20, 6)
     for update, own in (
         (lambda: agent._update_policy(z), {"policy"}),
-        (lambda: agent._update_value(z, torch.zeros(20, A), torch.ones(20)), {"value"}),
+        (lambda: agent._update_value(z, torch.zeros(20, A), torch.ones(20), torch.ones(20)), {"value"}),
     ):
         before = weights(agent)
         update()
@@ -583,7 +630,7 @@ def test_value_learns_its_target():
     z, action = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(20, A)
     target = torch.linspace(-30, 30, 20)
     for _ in range(1500):  # a stray 0.01 % of the outermost bin, 22,025, is worth 2.2: the tails fade last
-        agent._update_value(z, action, target)
+        agent._update_value(z, action, target, torch.ones_like(target))
     learnt = agent.value.values(z, action).detach()
     torch.testing.assert_close(learnt, target.expand(2, -1), atol=3.0, rtol=0.15)
 
@@ -742,10 +789,10 @@ def test_transitions_are_prioritised_by_how_far_their_values_were_off():
     before = replay.priorities.weight.copy()
     update_value, sample = agent._update_value, replay.sample
 
-    def watched(z, action, target):
+    def watched(z, action, target, weight):
         with torch.no_grad():
             seen["error"] = (agent.value.values(z, action) - target).abs().amax(0)
-        return update_value(z, action, target)
+        return update_value(z, action, target, weight)
 
     agent._update_value = watched
     replay.sample = lambda *args: seen.setdefault("batch", sample(*args))
