@@ -20,7 +20,7 @@ PACKAGES = ("torch", "numpy", "gymnasium", "dm-control", "mujoco")  # whose vers
 # What a resumed run may change: where and how long it runs, and what it shows. Else it would be another run.
 FREE_ON_RESUME = {
     "frames", "run_dir", "resume", "eval_every", "eval_episodes", "log_every", "checkpoint_every",
-    "video_every", "device", "threads", "workers", "replay.path",
+    "video_every", "device", "threads", "workers", "replay.path", "agent.eval_samples",
 }  # fmt: skip
 
 
