@@ -74,7 +74,7 @@ def draw(task: Task, rows: list[dict], path: Path) -> None:
     for axes in (left, beside):
         axes.set_ylim((-0.03, 1.03) if task.exact else (0.0, min(axes.get_ylim()[1], 2.0)))
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(fontsize=7, frameon=False, handlelength=3.5)  # long enough to tell a dashed line
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
