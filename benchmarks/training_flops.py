@@ -2,8 +2,9 @@
 
 The loop alone, with a layer of its own before it or after it, and with two layers in the block at half the loops, all
 beside the stack of equal FLOPs (``benchmarks.lab``). FLOPs are torch's own count of whole updates (forward passes
-without gradient too), the mean of several at depths as training draws them; the error is that of validation data, its
-last value the final one.
+without gradient too), the mean of several at depths as training draws them, which for the loop are three quarters of
+the stack's on the mean; the error is that of validation data, the loop's at twice the stack's depth, its last value the
+final one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from benchmarks.lab import Recipe, Task, choose_rates, learning_curve, summary, 
 from benchmarks.tasks import TASKS
 
 CONTROL = "stacked"
+FLOOR = 1e-4  # where an error of none is drawn
 
 
 def variants(task: Task, steps: int) -> dict[str, Recipe]:
@@ -87,7 +89,7 @@ def draw(task: Task, rows: list[dict], path: Path) -> None:
     for name in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == name]
         x = np.array([step for step, _ in mine[0]["curve"]]) * mine[0]["flops_per_update"]
-        y = np.array([[error for _, error in row["curve"]] for row in mine])  # (seeds, checks)
+        y = np.array([[max(error, FLOOR) for _, error in row["curve"]] for row in mine])  # (seeds, checks)
         line = axes.plot(x, y.mean(0), label=name)[0]
         axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set(xlabel="training FLOPs", ylabel=task.error_name, yscale="log", title=task.name)
