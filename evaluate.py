@@ -13,6 +13,7 @@ from agents import load_agent
 from envs import RenderingUnavailable, TaskError, make_vector_env
 from loopwm.config import ConfigError
 from loopwm.training.checkpoint import CheckpointError
+from loopwm.training.interrupt import INTERRUPTED
 from loopwm.training.rollout import rollout
 from loopwm.training.video import VideoError, film_episode
 
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> int:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130  # the shell's exit code for Ctrl-C
+        return INTERRUPTED
     summary = {
         "run_dir": str(args.run_dir),
         "task": cfg.task.id,

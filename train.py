@@ -16,6 +16,7 @@ import envs
 from agents import make_agent, resolve_device
 from loopwm.config import Config, ConfigError, load_config, save_config
 from loopwm.training.checkpoint import CheckpointError
+from loopwm.training.interrupt import INTERRUPTED
 from loopwm.training.random_state import seed_random
 from loopwm.training.replay import Replay
 from loopwm.training.run_dir import describe, open_run
@@ -23,7 +24,6 @@ from loopwm.training.trainer import Schedule, Trainer
 
 # OSError: a disk that is full or read-only, a file that cannot be opened; its text names it.
 USER_ERRORS = (ConfigError, CheckpointError, envs.TaskError, envs.RenderingUnavailable, OSError)
-INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 
 def build(cfg: Config, run_dir: Path) -> Trainer:

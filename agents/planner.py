@@ -184,7 +184,7 @@ class PlannerAgent:
         view, c = copy.copy(self), self.config
         view.config = dataclasses.replace(c, plan_samples=min(c.plan_samples, c.eval_samples))
         view.generator = torch.Generator(self.device).manual_seed(0)
-        view._noise = CorrelatedNoise(self.config.explore_correlation)
+        view._noise = CorrelatedNoise(c.explore_correlation)
         return view
 
     # ---- learning -----------------------------------------------------------------------------------------------

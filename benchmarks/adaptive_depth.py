@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -65,6 +66,15 @@ def paired_seconds(first: Callable[[], object], second: Callable[[], object], re
     return float(np.median(times[0])), float(np.median(times[1]))
 
 
+def seconds_beside_full(
+    task: Task, model: nn.Module, data: Examples, depth: int | None, full: int, repeats: int
+) -> dict[str, float]:
+    """Seconds of all predictions at ``depth``, or by the model's rule, and at the full depth."""
+    depths = (depth, full)
+    times = paired_seconds(*(partial(predict_errors, task, model, data, one) for one in depths), repeats)
+    return dict(zip(("seconds", "seconds_full"), (round(time, 4) for time in times), strict=True))
+
+
 def measure(
     task: Task, model: nn.Module, name: str, rule: Callable, check: Examples, data: Examples, full: int, repeats: int
 ) -> dict:
@@ -75,9 +85,7 @@ def measure(
         if task.within(error_and_loops(task, model, check, None)[0], full_check, LOSS):
             break
     error, loops = error_and_loops(task, model, data, None)
-    seconds, full_seconds = paired_seconds(
-        lambda: predict_errors(task, model, data, None), lambda: predict_errors(task, model, data, full), repeats
-    )
+    seconds = seconds_beside_full(task, model, data, None, full, repeats)
     rank = 0.0  # the same loops for every step
     if loops.min() < loops.max():
         rank = float(spearmanr(loops, data.difficulty.numpy()).statistic)
@@ -93,9 +101,7 @@ def measure(
         "loops": round(float(loops.mean()), 2),
         "loops_by_difficulty": by_difficulty,
         "correlation": round(rank, 4),
-        "seconds": round(seconds, 4),
-        "seconds_full": round(full_seconds, 4),
-    }
+    } | seconds
 
 
 def fixed_depth(task: Task, model: nn.Module, check: Examples, data: Examples, full: int, repeats: int) -> dict:
@@ -104,11 +110,8 @@ def fixed_depth(task: Task, model: nn.Module, check: Examples, data: Examples, f
     depths = range(1, full + 1)
     depth = next(d for d in depths if task.within(error_and_loops(task, model, check, d)[0], best, LOSS))
     error = error_and_loops(task, model, data, depth)[0]
-    seconds, full_seconds = paired_seconds(
-        lambda: predict_errors(task, model, data, depth), lambda: predict_errors(task, model, data, full), repeats
-    )
     found = {"rule": FIXED, "error": round(error, 5), "loops": float(depth)}
-    return found | {"seconds": round(seconds, 4), "seconds_full": round(full_seconds, 4)}
+    return found | seconds_beside_full(task, model, data, depth, full, repeats)
 
 
 def draw(task: Task, rows: list[dict], full: int, path: Path) -> None:

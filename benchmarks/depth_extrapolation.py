@@ -93,8 +93,9 @@ def verdict(task: Task, rows: list[dict]) -> tuple[dict, str]:
     group, loop = task.beyond[0], task.models["looped"]
     best = min((n for n, recipe in task.models.items() if not recipe.looped), key=lambda name: means[name, group])
     mine, theirs = (mean_error(rows, n, size, deep(task.models[n]), group) for n in ("looped", best))
-    word = "beats every control" if np.mean(mine) < np.mean(theirs) else "does not beat every control"
-    if np.mean(mine) < np.mean(theirs) and max(a - b for a, b in zip(mine, theirs, strict=True)) >= 0:
+    ahead = means["looped", group] < means[best, group]
+    word = "beats every control" if ahead else "does not beat every control"
+    if ahead and any(a >= b for a, b in zip(mine, theirs, strict=True)):
         word += " on the mean, not in every seed,"
     furthest = float(np.mean(mean_error(rows, "looped", size, depths_of(loop)[-1], group)))
     keeps = "keeps" if task.within(furthest, means["looped", group], 0.01) else "loses"

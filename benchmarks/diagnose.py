@@ -72,13 +72,18 @@ def unexplained(prediction: Tensor, truth: Tensor) -> float:
     return float(error / spread) if spread > 1e-9 else (math.inf if error > 1e-9 else 0.0)
 
 
+def windows(data: Episodes, length: int) -> Tensor:
+    """The ``length`` actions from every step on that has so many after it: (length, T' * E, A)."""
+    starts = data.obs.shape[0] - length
+    return torch.stack([data.action[k : k + starts].flatten(0, 1) for k in range(length)])
+
+
 def model_errors(agent: PlannerAgent, data: Episodes, depth: int | None) -> dict[str, float]:
     """Share of variance left unexplained of reward and latent, ``STEPS`` ahead from every step."""
     model, longest = agent.slow_model, max(STEPS)
     starts = data.obs.shape[0] - longest
     z = model.encode(data.obs)  # (T, E, Z)
-    windows = torch.stack([data.action[k : k + starts].flatten(0, 1) for k in range(longest)])  # (H, T' * E, A)
-    imagined = model.rollout(z[:starts].flatten(0, 1), windows, depth)
+    imagined = model.rollout(z[:starts].flatten(0, 1), windows(data, longest), depth)
     reward = model.predict(imagined.h)[0]  # (H, T' * E)
     found = {}
     for k in STEPS:
@@ -122,10 +127,9 @@ def plan_errors(agent: PlannerAgent, data: Episodes, depth: int | None, states: 
     if agent.config.plan_samples < 2:
         return {}
     horizon, model = agent.config.plan_horizon, agent.slow_model
-    starts, z = data.obs.shape[0] - horizon, model.encode(data.obs)  # (T, E, Z)
-    windows = torch.stack([data.action[k : k + starts].flatten(0, 1) for k in range(horizon)])  # (H, T' * E, A)
-    begin, came = z[:starts].flatten(0, 1), z[horizon:].flatten(0, 1)  # (T' * E, Z)
-    imagined = model.rollout(begin, windows, depth).z[-1]
+    z = model.encode(data.obs)  # (T, E, Z)
+    begin, came = z[:-horizon].flatten(0, 1), z[horizon:].flatten(0, 1)  # (T' * E, Z)
+    imagined = model.rollout(begin, windows(data, horizon), depth).z[-1]
     worth = [agent.value.values(end, agent.policy(end)[0]).mean(0) for end in (imagined, came)]  # (T' * E,)
     some = begin[torch.linspace(0, len(begin) - 1, min(states, len(begin))).long()]  # (N, Z)
     drawn = agent.draw_plans(some)  # (H, N, S, A)

@@ -24,6 +24,7 @@ from loopwm.training.run_dir import commit
 
 TRAINING, VALIDATION, TEST = 1, 2, 3  # seeds of the data
 RATES = (1e-3, 2e-3, 4e-3)
+FLOOR = 1e-4  # an error of none on some hundred examples is drawn, and compared, as no less than this
 CHECKS = 24  # times that a training's error is measured on validation data
 
 

@@ -21,10 +21,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.harness import interval, parser, report
-from benchmarks.lab import TEST, Recipe, Task, choose_rates, load, predict_errors, summary, train_all
+from benchmarks.lab import FLOOR, TEST, Recipe, Task, choose_rates, load, predict_errors, summary, train_all
 from benchmarks.tasks import TASKS
 
-FLOOR = 1e-4  # an error of none in the test set is no more than this
 COLORS = ("#1b6ca8", "#66a5d9", "#edae49", "#66a182", "#d1495b", "#7b6d8d")
 
 
@@ -48,10 +47,8 @@ def parameters_for(error: float, points: list[tuple[float, float]]) -> tuple[flo
     goal = math.log(max(error, FLOOR))
     if goal < line[-1][1]:
         return math.exp(line[-1][0]), "at least "
-    if goal > line[0][1]:
-        return math.exp(line[0][0]), "at most "
-    if goal == line[0][1]:
-        return math.exp(line[0][0]), ""
+    if goal >= line[0][1]:
+        return math.exp(line[0][0]), "at most " if goal > line[0][1] else ""
     pairs = zip(line, line[1:], strict=False)
     (n0, e0), (n1, e1) = next((a, b) for a, b in pairs if b[1] <= goal <= a[1])
     return math.exp(n0 + (n1 - n0) * (goal - e0) / (e1 - e0)), ""

@@ -22,11 +22,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import interval, parser, report
-from benchmarks.lab import Recipe, Task, choose_rates, learning_curve, summary, train_all
+from benchmarks.lab import FLOOR, Recipe, Task, choose_rates, learning_curve, summary, train_all
 from benchmarks.tasks import TASKS
 
 CONTROL = "stacked"
-FLOOR = 1e-4  # where an error of none is drawn
 
 
 def variants(task: Task, steps: int) -> dict[str, Recipe]:

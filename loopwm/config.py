@@ -303,15 +303,16 @@ def save_config(cfg: Config, path: str | os.PathLike[str]) -> None:
     os.replace(draft, path)
 
 
-# What runs did that were begun before a field was there, where its default is something else.
-BEFORE: dict[str, dict[str, Scalar]] = {"agent": {"priority": 0.0}}
-BEFORE_AS = {"agent": {"eval_samples": "plan_samples"}}  # the same, where it was another field's value
+def _as_before(agent: dict[str, Any]) -> dict[str, Any]:
+    """``agent`` of a file, with what its run did by fields that were not there yet, where their default is another."""
+    planned = {"eval_samples": agent["plan_samples"]} if "plan_samples" in agent else {}
+    return {"priority": 0.0} | planned | agent
 
 
 def read_config(path: str | os.PathLike[str]) -> Config:
     """The config that save_config wrote. Fields the file lacks are as they were before they existed.
 
-    That is their default, but for those of ``BEFORE`` and ``BEFORE_AS``. Raises ConfigError.
+    That is their default, but for those of ``_as_before``. Raises ConfigError.
     """
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -321,11 +322,8 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-45
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(f"{path}: not valid yaml" + (f" at line {mark.line + 1}" if mark else "")) from None
-    for section, values in BEFORE.items():
-        if isinstance(tree, dict) and isinstance(tree.get(section), dict):
-            known = tree[section]
-            same = {name: known[other] for name, other in BEFORE_AS[section].items() if other in known}
-            tree[section] = values | same | known
+    if isinstance(tree, dict) and isinstance(tree.get("agent"), dict):
+        tree["agent"] = _as_before(tree["agent"])
     try:
         return _build(Config, tree)
     except ConfigError as error:

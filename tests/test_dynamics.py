@@ -545,7 +545,7 @@ def test_mixed_depths_cost_their_mean():
     assert final.shape == (8, D) and states().shape == (16, D)
 
 
-def test_the_fused_loop_is_counted_as_many_flops_as_the_plain_one(monkeypatch):
+def test_the_fused_loop_is_counted_as_many_flops_as_the_plain_one():
     """The benchmarks compare training FLOPs by torch's counter, which knows some operations and not others."""
     dynamics = looped(mean_loops=6, max_loops=6)
 

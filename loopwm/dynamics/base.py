@@ -106,6 +106,17 @@ def rounding_error(h: Tensor, order: float = 2.0) -> Tensor:
     return ROUNDING * torch.finfo(h.dtype).eps * sample_norm(h, order)
 
 
+def banach_distance(rho: float, h: Tensor, step: Tensor, order: float = 2.0) -> Tensor:
+    """Bound (B,) on ||h - h*|| after a step (B, ...) to h (B, ...) of a map that contracts by rho; inf unless rho < 1.
+
+    Banach's a-posteriori bound, with what rounding may do to one loop: (rho ||step|| + r) / (1 - rho).
+    """
+    size = sample_norm(step, order)
+    if rho >= 1.0:
+        return torch.full_like(size, torch.inf)
+    return (rho * size + rounding_error(h, order)) / (1.0 - rho)
+
+
 def relative_step(h: Tensor, previous: Tensor) -> Tensor:
     """||h - previous|| / ||previous|| per sample: (B, ...), (B, ...) -> (B,)."""
     with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from loopwm.dynamics.adaptive import LoopResult, loop_adaptive
 from loopwm.dynamics.architecture import Architecture
-from loopwm.dynamics.base import Depth, DynamicsOutput, first_state, relative_step, rounding_error, sample_norm
+from loopwm.dynamics.base import Depth, DynamicsOutput, banach_distance, first_state, relative_step, sample_norm
 from loopwm.dynamics.cell import MODES, Loop
 from loopwm.dynamics.depth import DepthSchedule, check_sampler, sample_depths
 from loopwm.dynamics.gradients import GRADIENTS
@@ -238,11 +238,7 @@ class LoopedDynamics(nn.Module):
         the cell is not certified to contract. h* is that of the loop with its weights as they are rounded; what
         rounding does to one loop is allowed for (``rounding_error``), so in float32 the distance never falls to zero.
         """
-        rho, order = self.lipschitz_bound(), self.cell.norm_order
-        size = sample_norm(step, order)
-        if rho >= 1.0:
-            return torch.full_like(size, torch.inf)
-        return (rho * size + rounding_error(h, order)) / (1.0 - rho)
+        return banach_distance(self.lipschitz_bound(), h, step, self.cell.norm_order)
 
     @torch.no_grad()
     def measured_contraction(self, z: Tensor, action: Tensor, loops: int | None = None) -> float:

@@ -8,6 +8,7 @@ import signal
 import threading
 from typing import Any
 
+INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 STOPPING = b"\nstopping after this step, with a checkpoint; once more stops at once, without\n"
 
 

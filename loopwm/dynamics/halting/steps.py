@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from loopwm.dynamics.base import relative_step, rounding_error, sample_norm
+from loopwm.dynamics.base import banach_distance, relative_step, sample_norm
 from loopwm.dynamics.halting.rule import HaltingRule, HaltingRun, positive
 
 if TYPE_CHECKING:
@@ -88,13 +88,11 @@ class _CertifiedRun:
     sees_every_loop = False
 
     def __init__(self, rho: float, distance: float, order: float):
-        self.rho, self.order = rho, order  # of the norm in which rho is a factor
-        self.margin = distance * (1.0 - rho)  # at most zero where rho >= 1: never reached
+        self.rho, self.distance, self.order = rho, distance, order  # of the norm in which rho is a factor
 
     @torch.no_grad()
     def __call__(self, h: Tensor, previous: Tensor) -> Tensor:
-        step = sample_norm(h - previous, self.order)
-        return self.rho * step + rounding_error(h, self.order) < self.margin
+        return banach_distance(self.rho, h, h - previous, self.order) < self.distance
 
     def keep(self, index: Tensor) -> None:
         """Nothing to keep."""
