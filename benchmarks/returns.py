@@ -48,12 +48,13 @@ def main(arguments: list[str]) -> None:
     p.add_argument("--task", nargs="+", default=["dmc/cartpole-swingup"], help="task names; eight: the eight of DMC")
     p.add_argument("--frames", type=int, default=50_000)
     p.add_argument("--seeds", type=int, default=5)
+    p.add_argument("--first-seed", type=int, default=0, help="of --seeds in a row: a table can grow file by file")
     p.add_argument("--dynamics", nargs="+", default=["looped"], choices=("looped", *CONTROLS))
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings, for every run")
     p.add_argument("--csv", type=Path, metavar="FILE", help="write every evaluation of every run there")
     args = p.parse_args(arguments)
     args.task = [task for word in args.task for task in (EIGHT if word == "eight" else (word,))]
-    seeds = range(2 if args.quick else args.seeds)
+    seeds = range(args.first_seed, args.first_seed + (2 if args.quick else args.seeds))
     frames = min(args.frames, 20_000) if args.quick else args.frames
 
     jobs = dict(

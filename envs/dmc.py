@@ -1,5 +1,6 @@
 """The DeepMind Control Suite as Gymnasium environments. The only file that imports dm_control."""
 
+import logging
 import warnings
 from collections import OrderedDict
 from typing import Any
@@ -55,7 +56,13 @@ def _import_suite(task: str) -> Any:
             from dm_control import suite
     except ImportError as error:
         raise TaskError(f"task '{task}' needs a package: pip install dm-control ({error})") from error
+    logging.getLogger("absl").addFilter(_says_something)  # the same filter twice is one
     return suite
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    """Not what MuJoCo has to say of the suite's own models (cheetah's settotalmass): nobody here can change them."""
+    return "is deprecated and will be removed" not in record.getMessage()
 
 
 class DMCEnv(gymnasium.Env):

@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from training_tools import CARTPOLE, forbid_filming, run
+from training_tools import CARTPOLE, SWINGUP, forbid_filming, run
 
 from agents import make_agent
-from benchmarks import branches, compare, diagnose, harness, returns
+from benchmarks import branches, compare, depth_dial, diagnose, harness, returns
 from benchmarks.diagnose import Episodes
 from loopwm.config import load_config, read_config, save_config
 from loopwm.training.run_dir import changed_settings
@@ -102,6 +102,44 @@ def test_a_run_that_cannot_be_diagnosed_ends_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         diagnose.main([str(tmp_path), "--episodes", "0"])
     assert ended.value.code == 2
+
+
+def test_the_dial_is_paired_over_runs_and_its_verdict_needs_an_interval():
+    noise = [0.0, 3.0, -2.0]
+    rows = [{"loops": 4, "return": 100.0 * k} for k in range(3)]
+    rows += [{"loops": 1, "return": 100.0 * k - 50.0 + noise[k]} for k in range(3)]
+    rows += [{"loops": 0, "return": 100.0 * k + noise[k]} for k in range(3)]
+    found = depth_dial.differences(rows, 4)
+    assert found["return, 1 loops minus 4"]["value"] == pytest.approx(-49.667, abs=1e-3)
+    assert found["return, 1 loops minus 4"]["high"] < -40  # runs differ by hundreds, pairs by a few
+    said = depth_dial.verdict(found, 3)
+    assert "1 loops minus 4" in said and "adaptive" not in said
+    del found["return, 1 loops minus 4"]
+    assert "no setting is shown to differ" in depth_dial.verdict(found, 3)
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss")  # the two runs are one
+def test_a_trained_agent_is_dialled(tmp_path, monkeypatch):
+    forbid_filming(monkeypatch)
+    run(tmp_path / "x", *SWINGUP, "agent.plan_samples=8", "frames=200")
+    out, twice = tmp_path / "dial.json", [str(tmp_path / "x")] * 2
+    assert depth_dial.main([*twice, "--quick", "--loops", "1", "0", "--base", "1", "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["loops"] for row in rows] == ["policy alone", 1, 0] * 2
+    assert rows[1]["loops spent"] == 1.0 < rows[2]["loops spent"] <= 8.0
+    assert rows[1]["latent, 3 ahead"] != rows[2]["latent, 3 ahead"]
+    assert [row["returns"] for row in rows[:3]] == [row["returns"] for row in rows[3:]]  # the same episodes and noise
+
+
+def test_what_cannot_be_dialled_ends_in_one_line(tmp_path, capsys):
+    none = [str(tmp_path / "none")] * 2
+    assert depth_dial.main(none) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    wrong = (["--episodes", "0"], ["--loops", "-1", "4"], ["--loops", "4", "4"], ["--base", "3"])
+    for arguments in (*([*none, *words] for words in wrong), none[:1]):
+        with pytest.raises(SystemExit) as ended:
+            depth_dial.main(arguments)
+        assert ended.value.code == 2
 
 
 def test_a_kept_run_of_other_settings_is_not_passed_off(tmp_path):

@@ -1,6 +1,7 @@
 """envs: the API, episode ends, seeding, exact resume, and the errors a person can cause."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -200,6 +201,13 @@ def test_dmc_time_limit_truncates_and_never_terminates():
     env.reset()
     ends = [env.step(np.zeros(1, np.float32))[2:4] for _ in range(500)]
     assert ends == [(False, False)] * 499 + [(False, True)]
+
+
+def test_making_an_env_prints_nothing(caplog):
+    make_env("dmc/cheetah-run").close()  # MuJoCo calls a setting of its model deprecated
+    assert not caplog.records
+    logging.getLogger("absl").warning("Nan, Inf or huge value in QACC")  # what a simulation says is heard
+    assert len(caplog.records) == 1
 
 
 def test_dmc_discount_zero_terminates(monkeypatch):
