@@ -57,27 +57,28 @@ class DiscretePolicy(nn.Module):
 
 
 class ValueEnsemble(nn.Module):
-    """``members`` independent state-action values, each a two-hot distribution (TD-MPC2, 2310.16828)."""
+    """``members`` independent state-action values, each a two-hot distribution (TD-MPC2, 2310.16828).
 
-    def __init__(
-        self, latent_dim: int, action_dim: int, hidden_dim: int, members: int = 2, bins: int = 63, limit: float = 10.0
-    ):
+    Args:
+        width: of what they read of a state and an action, see ``PlannerAgent.pair``.
+    """
+
+    def __init__(self, width: int, hidden_dim: int, members: int = 2, bins: int = 63, limit: float = 10.0):
         super().__init__()
-        self.members = nn.ModuleList(mlp(latent_dim + action_dim, hidden_dim, 2, bins) for _ in range(members))
+        self.members = nn.ModuleList(mlp(width, hidden_dim, 2, bins) for _ in range(members))
         self.code = TwoHot(bins, -limit, limit)
         for member in self.members:
             nn.init.zeros_(member[-1].weight)
             nn.init.zeros_(member[-1].bias)
 
-    def forward(self, z: Tensor, action: Tensor) -> Tensor:
-        """z (..., Z), action (..., A) -> logits (E, ..., bins)."""
-        x = torch.cat([z, action], -1)
-        return torch.stack([member(x) for member in self.members])
+    def forward(self, pair: Tensor) -> Tensor:
+        """pair (..., width) -> logits (E, ..., bins)."""
+        return torch.stack([member(pair) for member in self.members])
 
-    def first_value(self, z: Tensor, action: Tensor) -> Tensor:
-        """z (..., Z), action (..., A) -> value (...,) of the first member alone, at a fraction of the cost."""
-        return self.code.decode(self.members[0](torch.cat([z, action], -1)))
+    def first_value(self, pair: Tensor) -> Tensor:
+        """pair (..., width) -> value (...,) of the first member alone, at a fraction of the cost."""
+        return self.code.decode(self.members[0](pair))
 
-    def values(self, z: Tensor, action: Tensor) -> Tensor:
-        """z (..., Z), action (..., A) -> values (E, ...)."""
-        return self.code.decode(self.forward(z, action))
+    def values(self, pair: Tensor) -> Tensor:
+        """pair (..., width) -> values (E, ...)."""
+        return self.code.decode(self.forward(pair))

@@ -77,6 +77,8 @@ def score_all(score: Score, z: Tensor, actions: Tensor) -> Tensor:
 def draw(mean: Tensor, std: Tensor, count: int, generator: torch.Generator, discrete: bool) -> Tensor:
     """``count`` action sequences (H, N, count, A) around mean (H, N, A), with spread std (H, N, A)."""
     shape = (*mean.shape[:2], count, mean.shape[2])
+    if not count:  # which torch.multinomial refuses
+        return mean.new_empty(shape)
     if not discrete:
         noise = torch.randn(shape, generator=generator, device=mean.device)
         return (mean.unsqueeze(2) + std.unsqueeze(2) * noise).clamp_(-1.0, 1.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,19 @@ class PlannerAgent:
         """
         return self.slow_model.encode(obs)
 
+    def pair(self, z: Tensor, action: Tensor) -> Tensor:
+        """What the value reads of z (..., Z) and action (..., A): (..., Z + A), or (..., Z + A + D).
+
+        With ``value_loops`` that includes the loop state which the slow model makes of the two, from which it predicts
+        reward and next latent: features of a state and an action that the model has learnt (MR.Q, 2501.16142, section
+        4.1; TD7, 2306.02451), and a way for the policy's gradient through the model.
+        """
+        if not self.config.value_loops:
+            return torch.cat([z, action], -1)
+        h = self.slow_model.dynamics(z.flatten(0, -2), action.flatten(0, -2), self.config.value_loops).h
+        h = torch.nn.functional.layer_norm(h, h.shape[-1:])  # of one scale, whatever the loop makes of it
+        return torch.cat([z, action, h.view(*z.shape[:-1], -1)], -1)
+
     # ---- acting -------------------------------------------------------------------------------------------------
 
     @property
@@ -145,7 +159,7 @@ class PlannerAgent:
         reward, continuation = self.slow_model.predict(rollout.h)  # (H, R)
         discount = self.config.discount * continuation
         last = rollout.z[-1]
-        value = self.value.values(last, self.policy(last)[0]).mean(0)  # (R,)
+        value = self.value.values(self.pair(last, self.policy(last)[0])).mean(0)  # (R,)
         for t in reversed(range(actions.shape[0])):
             value = reward[t] + discount[t] * value
         return value
@@ -213,7 +227,24 @@ class PlannerAgent:
                 obs[: h + 1, :b], action[:h, :b], reward[:h, :b], terminated[:h, :b], mask[:h, :b]
             )
             self.targets["model"].update()
-        n = c.n_step
+        looks = c.value_loops or c.imagined_steps  # whether the rest asks the slow model, whose weights stay from here
+        with self.slow_model.frozen() if looks else nullcontext():
+            metrics |= self._update_value_and_policy(replay, batch.start, obs, action, reward, terminated, mask)
+        self.updates += 1
+        return metrics
+
+    def _update_value_and_policy(
+        self,
+        replay: Any,
+        start: np.ndarray,
+        obs: Tensor,
+        action: Tensor,
+        reward: Tensor,
+        terminated: Tensor,
+        mask: Tensor,
+    ) -> dict[str, Tensor]:
+        """obs (L + 1, B, O), action (L, B, A), the rest (L, B), of the sequences ``start`` (B,)."""
+        c, n = self.config, self.config.n_step
         with torch.no_grad():
             z = self.encode(obs[0])  # (B, Z)
             z_end = self.encode(obs[n])  # (B, Z); the last row of shorter sequences, by padding
@@ -221,19 +252,18 @@ class PlannerAgent:
             rows = [z, action[0], target, torch.ones_like(target)]
             if c.imagined_steps:
                 imagined = self._imagined_rows(z, obs, action, reward, terminated, mask)
-                rows = [torch.cat(pair) for pair in zip(rows, imagined, strict=True)]
-        z = rows[0]
-        found, logits = self._update_value(*rows)
-        metrics |= found
+                rows = [torch.cat(both) for both in zip(rows, imagined, strict=True)]
+            z, taken, target, weight = rows
+            pair = self.pair(z, taken)
+        metrics, logits = self._update_value(pair, target, weight)
         if c.priority:
-            logits = logits[:, : len(target)]
-            error = (self.value.code.decode(logits) - target).abs().amax(0)  # (B,), the larger of the two values'
-            self._prioritise(replay, batch.start, error)
+            real = slice(len(start))
+            error = (self.value.code.decode(logits[:, real]) - target[real]).abs().amax(0)  # (B,), the larger of two
+            self._prioritise(replay, start, error)
         if self.updates % c.policy_every == 0:
             metrics |= self._update_policy(z)
         self.targets["value"].update()
         self.targets["policy"].update()
-        self.updates += 1
         return metrics
 
     def _imagined_rows(
@@ -248,8 +278,7 @@ class PlannerAgent:
         c, n = self.config, self.config.n_step
         row = torch.arange(c.model_batch_size, device=self.device)
         t = 1 + row % c.imagined_steps  # (M,)
-        with self.slow_model.frozen():
-            rollout = self.slow_model.rollout(z[row], action[: c.imagined_steps, row], self._plan_depth())
+        rollout = self.slow_model.rollout(z[row], action[: c.imagined_steps, row], self._plan_depth())
         window = t + torch.arange(n, device=self.device).unsqueeze(1)  # (n, M)
         later = (reward[window, row], terminated[window, row], mask[window, row])
         target = self._value_target(self.encode(obs[t + n, row]), *later)
@@ -305,14 +334,12 @@ class PlannerAgent:
         returns = (powers[:-1, None] * reward).sum(0)  # (B,); masked rewards are zero
         bootstrap = powers[mask.sum(0).long()] * (1.0 - terminated.amax(0))  # truncation does not stop it
         action = self.policy.perturb(self.policy_target(z_end)[0], c.smooth_std, c.smooth_clip, self.generator)
-        value = self.value_target.values(z_end, action).amin(0)
+        value = self.value_target.values(self.pair(z_end, action)).amin(0)
         return returns + bootstrap * value
 
-    def _update_value(
-        self, z: Tensor, action: Tensor, target: Tensor, weight: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """(metrics, the logits (E, B, bins) before the step); target and weight (B,)."""
-        logits = self.value(z, action)  # (E, B, bins)
+    def _update_value(self, pair: Tensor, target: Tensor, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """pair (B, ...), target and weight (B,) -> (metrics, the logits (E, B, bins) before the step)."""
+        logits = self.value(pair)  # (E, B, bins)
         losses = self.value.code.loss(logits, target.expand(logits.shape[0], -1)).sum(0)  # (B,)
         loss = (losses * weight).sum() / weight.sum()
         self.value_optimizer.zero_grad()
@@ -328,7 +355,7 @@ class PlannerAgent:
         """Follow dQ1/da (TD3, 1802.09477); a small penalty keeps the policy off its saturation."""
         action, raw = self.policy(z)
         self.value.requires_grad_(False)
-        value = self.value.first_value(z, action)  # (B,)
+        value = self.value.first_value(self.pair(z, action))  # (B,)
         scale = value.detach().abs().mean().clamp_min(1e-3)
         loss = -value.mean() / scale + self.config.policy_penalty * raw.square().mean()
         self.policy_optimizer.zero_grad()

@@ -27,6 +27,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "more_value_updates": ("agent.update_ratio=2", "agent.model_every=2"),
     "no_priority": ("agent.priority=0",),
     "imagined_values": ("agent.imagined_steps=2",),
+    "value_reads_loop": ("agent.value_loops=4",),
     "small_penalty": ("agent.policy_penalty=1e-4",),
     "large_penalty": ("agent.policy_penalty=4e-3",),
     "white_noise": ("agent.explore_std=0.2", "agent.explore_std_final=0.2", "agent.explore_correlation=0"),

@@ -107,7 +107,7 @@ def value_errors(agent: PlannerAgent, data: Episodes) -> dict[str, float]:
     starts = len(data.reward) - left
     if starts < 2:
         return {}
-    value = agent.value.values(agent.encode(data.obs[:starts]), data.action[:starts])  # (2, T', E)
+    value = agent.value.values(agent.pair(agent.encode(data.obs[:starts]), data.action[:starts]))  # (2, T', E)
     mean, truth = value.mean(0).flatten(), returns[:starts].flatten()
     return {
         "return, discounted": float(truth.mean()),
@@ -130,7 +130,7 @@ def plan_errors(agent: PlannerAgent, data: Episodes, depth: int | None, states: 
     z = model.encode(data.obs)  # (T, E, Z)
     begin, came = z[:-horizon].flatten(0, 1), z[horizon:].flatten(0, 1)  # (T' * E, Z)
     imagined = model.rollout(begin, windows(data, horizon), depth).z[-1]
-    worth = [agent.value.values(end, agent.policy(end)[0]).mean(0) for end in (imagined, came)]  # (T' * E,)
+    worth = [agent.value.values(agent.pair(end, agent.policy(end)[0])).mean(0) for end in (imagined, came)]  # (T' * E,)
     some = begin[torch.linspace(0, len(begin) - 1, min(states, len(begin))).long()]  # (N, Z)
     drawn = agent.draw_plans(some)  # (H, N, S, A)
     return {

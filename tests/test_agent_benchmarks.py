@@ -196,7 +196,7 @@ def test_what_a_plan_decides_by_is_held_against_what_it_ends_in():
         found = diagnose.plan_errors(agent, data, 2)
         z = agent.encode(data.obs)
         ends = [agent.slow_model.dynamics(z[:-1].flatten(0, 1), torch.zeros(22, 2), 2).z_next, z[1:].flatten(0, 1)]
-        worth = [agent.value.values(end, agent.policy(end)[0]).mean(0) for end in ends]
+        worth = [agent.value.values(agent.pair(end, agent.policy(end)[0])).mean(0) for end in ends]
         off = float((worth[0] - worth[1]).square().mean().sqrt())
         assert found["value at a plan's end, imagined minus real, rms"] == pytest.approx(off) and off > 0
     agent.config = dataclasses.replace(agent.config, plan_samples=0)

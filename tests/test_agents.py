@@ -14,7 +14,7 @@ from agents.mppi import PlanBudget, mppi
 from agents.optim import EMATarget, FlatAdam, flatten_parameters
 from agents.planner import PlannerAgent
 from loopwm.config import Config, ConfigError, DynamicsConfig, EncoderConfig, PlannerConfig, TaskConfig
-from loopwm.dynamics import GRADIENTS, SOLVERS, PatientHalting
+from loopwm.dynamics import DYNAMICS, GRADIENTS, SOLVERS, PatientHalting
 from loopwm.training.protocols import Agent
 from loopwm.training.replay import Batch, Replay
 
@@ -277,11 +277,11 @@ def test_discrete_policy():
 
 def test_value_ensemble_has_independent_members():
     torch.manual_seed(0)
-    value = ValueEnsemble(6, A, 16, members=3)
-    z, action = torch.randn(2, 7, 6), torch.randn(2, 7, A)
-    assert value(z, action).shape == (3, 2, 7, 63) and value.values(z, action).shape == (3, 2, 7)
+    value, pair = ValueEnsemble(8, 16, members=3), torch.randn(2, 7, 8)
+    assert value(pair).shape == (3, 2, 7, 63) and value.values(pair).shape == (3, 2, 7)
     nn.init.normal_(value.members[1][-1].weight)
-    values = value.values(z, action)
+    values = value.values(pair)
+    torch.testing.assert_close(value.first_value(pair), values[0], atol=1e-2, rtol=0)
     # untrained members say zero, but for rounding over values as far as +-symexp(8)
     torch.testing.assert_close(values[0], values[2], atol=1e-2, rtol=0)
     assert not torch.allclose(values[0], values[1])
@@ -306,6 +306,7 @@ def check_actions(action: np.ndarray, discrete: bool, envs: int = N) -> None:
         {"plan_collect": True},
         {"plan_loops": 0},
         {"imagined_steps": 2},
+        {"value_loops": 2},
         {"seed_steps": 0},
         {"plan_horizon": 1},
     ],
@@ -418,7 +419,7 @@ def test_score_is_the_imagined_return():
         for action in actions:
             step = agent.slow_model.step(z, action, 2)
             expected, worth, z = expected + worth * step.reward, worth * 0.8 * step.continuation, step.z_next
-        expected += worth * agent.value.values(z, agent.policy(z)[0]).mean(0)
+        expected += worth * agent.value.values(agent.pair(z, agent.policy(z)[0])).mean(0)
     torch.testing.assert_close(given, expected)
 
 
@@ -434,16 +435,17 @@ def test_policy_sequences_follow_the_policy():
             z = agent.world_model.dynamics(z, action, 2).z_next
 
 
+@KINDS
 @pytest.mark.parametrize("samples", [1, 8, 15])
-def test_small_plan_budgets_work(samples):
-    check_actions(make(plan_samples=samples).act(observations()), False)
+def test_small_plan_budgets_work(samples, discrete):
+    check_actions(make(discrete, plan_samples=samples).act(observations()), discrete)
 
 
 # ---- value targets ------------------------------------------------------------------------------------
 
 
 def value_target(agent: PlannerAgent, monkeypatch, values: torch.Tensor, **batch) -> torch.Tensor:
-    monkeypatch.setattr(agent.value_target, "values", lambda z, action: values)
+    monkeypatch.setattr(agent.value_target, "values", lambda pair: values)
     columns = {name: torch.tensor(rows, dtype=torch.float32).t() for name, rows in batch.items()}
     return agent._value_target(torch.zeros(values.shape[1], 6), **columns)
 
@@ -498,7 +500,7 @@ def test_the_value_is_read_where_the_sequence_ends(monkeypatch):
 def test_imagined_rows_are_the_real_steps_of_imagined_latents(monkeypatch):
     """Row by row by hand: latents from the model, actions and targets of the real step, weight where there is one."""
     agent = make(imagined_steps=2, n_step=2, plan_loops=3, smooth_std=0.0, model_batch_size=6, batch_size=12)
-    monkeypatch.setattr(agent.value_target, "values", lambda z, action: z.sum(-1).expand(2, -1))
+    monkeypatch.setattr(agent.value_target, "values", lambda pair: pair.sum(-1).expand(2, -1))
     replay = filled_replay()
     batch = replay.sample(12, 4)
     obs, action, reward, terminated, mask = (torch.as_tensor(x) for x in batch[:5])
@@ -526,24 +528,56 @@ def test_value_and_policy_learn_on_imagined_latents_too(monkeypatch):
     for name in ("_update_value", "_update_policy"):
         kept = getattr(agent, name)
         monkeypatch.setattr(
-            agent, name, lambda z, *rest, kept=kept, name=name: seen.update({name: z}) or kept(z, *rest)
+            agent, name, lambda x, *rest, kept=kept, name=name: seen.update({name: x}) or kept(x, *rest)
         )
     agent.update(filled_replay())
-    assert len(seen["_update_value"]) == 12 + 6 and seen["_update_policy"] is seen["_update_value"]
+    assert len(seen["_update_value"]) == len(seen["_update_policy"]) == 12 + 6
+    assert (seen["_update_value"][:, :6] == seen["_update_policy"]).all()
+
+
+@pytest.mark.parametrize("name", DYNAMICS)
+def test_the_value_reads_the_slow_models_loop_state(name):
+    """[z; a; LayerNorm(h)] by hand, in any shape; without value_loops [z; a]."""
+    agent = make(value_loops=3, dynamics={"name": name})
+    z, action = torch.randn(2, 5, 6), torch.rand(2, 5, A)
+    with torch.no_grad():
+        pair = agent.pair(z, action)
+        h = agent.slow_model.dynamics(z.view(10, 6), action.view(10, A), 3).h.view(2, 5, -1)
+    standard = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(pair, torch.cat([z, action, standard], -1))
+    assert (make().pair(z, action) == torch.cat([z, action], -1)).all()
+
+
+@KINDS
+def test_a_value_that_reads_the_loop_state_trains_no_model_and_leads_the_policy_through_it(discrete):
+    agent, replay = make(discrete, value_loops=2, imagined_steps=1), filled_replay(discrete)
+    agent.update(replay)
+    for member in agent.value.members:  # deaf to z and a, so that the loop state alone is heard
+        with torch.no_grad():
+            member[0].weight[:, : 6 + A] = 0.0
+    z = agent.encode(torch.as_tensor(observations(20)))
+    for update, own in (
+        (lambda: agent._update_policy(z), {"policy"}),
+        (lambda: agent._update_value(agent.pair(z, agent.policy(z)[0]).detach(), *torch.ones(2, 20)), {"value"}),
+    ):
+        before = weights(agent)
+        update()
+        assert changed(before, weights(agent)) == own
+    assert all(p.grad is None for p in agent.slow_model.parameters())
 
 
 def test_rows_without_weight_teach_the_value_nothing():
     one, other = make(), make()
-    z, action, target = torch.randn(8, 6), torch.zeros(8, A), torch.randn(8)
+    pair, target = torch.randn(8, 6 + A), torch.randn(8)
     weight = (torch.arange(8) < 5).float()
-    one._update_value(z, action, target, weight)
-    other._update_value(z[:5], action[:5], target[:5], torch.ones(5))
+    one._update_value(pair, target, weight)
+    other._update_value(pair[:5], target[:5], torch.ones(5))
     torch.testing.assert_close(one.value_optimizer.flat, other.value_optimizer.flat)
 
 
 def test_smoothing_noise_is_clipped(monkeypatch):
     agent, seen = make(smooth_std=100.0, smooth_clip=0.1), []
-    monkeypatch.setattr(agent.value_target, "values", lambda z, action: seen.append(action) or torch.zeros(2, 50))
+    monkeypatch.setattr(agent.value_target, "values", lambda pair: seen.append(pair[:, -A:]) or torch.zeros(2, 50))
     z = torch.randn(50, 6)
     agent._value_target(z, *torch.zeros(2, 3, 50), torch.ones(3, 50))
     with torch.no_grad():
@@ -599,7 +633,7 @@ def test_each_loss_trains_its_own_part():
     z = torch.randn(20, 6)
     for update, own in (
         (lambda: agent._update_policy(z), {"policy"}),
-        (lambda: agent._update_value(z, torch.zeros(20, A), torch.ones(20), torch.ones(20)), {"value"}),
+        (lambda: agent._update_value(torch.randn(20, 6 + A), torch.ones(20), torch.ones(20)), {"value"}),
     ):
         before = weights(agent)
         update()
@@ -614,10 +648,10 @@ def test_each_loss_trains_its_own_part():
 def test_policy_climbs_a_known_value(monkeypatch):
     agent = make(learning_rate=0.01, policy_penalty=0.0)
 
-    def known(z, action):
-        return -(action - 0.5).square().sum(-1) - 1.0
+    def known(pair):
+        return -(pair[..., -A:] - 0.5).square().sum(-1) - 1.0
 
-    monkeypatch.setattr(agent.value, "values", lambda z, action: known(z, action).expand(2, -1))
+    monkeypatch.setattr(agent.value, "values", lambda pair: known(pair).expand(2, -1))
     monkeypatch.setattr(agent.value, "first_value", known, raising=False)
     z = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
     for _ in range(150):
@@ -630,8 +664,8 @@ def test_value_learns_its_target():
     z, action = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(20, A)
     target = torch.linspace(-30, 30, 20)
     for _ in range(1500):  # a stray 0.01 % of the outermost bin, 22,025, is worth 2.2: the tails fade last
-        agent._update_value(z, action, target, torch.ones_like(target))
-    learnt = agent.value.values(z, action).detach()
+        agent._update_value(agent.pair(z, action), target, torch.ones_like(target))
+    learnt = agent.value.values(agent.pair(z, action)).detach()
     torch.testing.assert_close(learnt, target.expand(2, -1), atol=3.0, rtol=0.15)
 
 
@@ -789,10 +823,10 @@ def test_transitions_are_prioritised_by_how_far_their_values_were_off():
     before = replay.priorities.weight.copy()
     update_value, sample = agent._update_value, replay.sample
 
-    def watched(z, action, target, weight):
+    def watched(pair, target, weight):
         with torch.no_grad():
-            seen["error"] = (agent.value.values(z, action) - target).abs().amax(0)
-        return update_value(z, action, target, weight)
+            seen["error"] = (agent.value.values(pair) - target).abs().amax(0)
+        return update_value(pair, target, weight)
 
     agent._update_value = watched
     replay.sample = lambda *args: seen.setdefault("batch", sample(*args))
