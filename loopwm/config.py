@@ -200,7 +200,7 @@ class PlannerConfig(Section):
     batch_size: Count = 128  # B, subsequences in one update of value and policy, count
     model_batch_size: Count = 64  # how many of them train the world model, count
     model_every: Count = 1  # updates of value and policy for one of the world model, count
-    value_loops: Whole = 0  # the value also reads the slow model's state after so many loops, loops; 0: it does not
+    value_loops: Whole = 4  # the value also reads the slow model's state after so many loops, loops; 0: it does not
     policy_every: Count = 2  # updates of the value for one of the policy (TD3's delay), count
     update_ratio: Positive = 1.0  # gradient updates for one agent step, count
     learning_rate: Positive = 1e-3  # Adam's step size, no unit
@@ -304,10 +304,13 @@ def save_config(cfg: Config, path: str | os.PathLike[str]) -> None:
     os.replace(draft, path)
 
 
-def _as_before(agent: dict[str, Any]) -> dict[str, Any]:
-    """``agent`` of a file, with what its run did by fields that were not there yet, where their default is another."""
+def _as_before(tree: object) -> object:
+    """What a file says, with what its run did by fields that were not there yet, where their default is another."""
+    if not isinstance(tree, dict) or not isinstance(tree.get("agent"), dict):
+        return tree
+    agent = tree["agent"]
     planned = {"eval_samples": agent["plan_samples"]} if "plan_samples" in agent else {}
-    return {"priority": 0.0} | planned | agent
+    return tree | {"agent": {"priority": 0.0, "value_loops": 0} | planned | agent}
 
 
 def read_config(path: str | os.PathLike[str]) -> Config:
@@ -323,20 +326,18 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-45
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(f"{path}: not valid yaml" + (f" at line {mark.line + 1}" if mark else "")) from None
-    if isinstance(tree, dict) and isinstance(tree.get("agent"), dict):
-        tree["agent"] = _as_before(tree["agent"])
     try:
-        return _build(Config, tree)
+        return parse_config(tree)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
 def parse_config(tree: object) -> Config:
-    """The config of nested dicts, as ``to_dict`` gives them; fields they lack take their defaults.
+    """The config of nested dicts, as ``to_dict`` gives them, of now or of before: see ``read_config``.
 
     Raises ConfigError.
     """
-    return _build(Config, tree)
+    return _build(Config, _as_before(tree))
 
 
 def to_dict(cfg: Section) -> dict[str, Any]:

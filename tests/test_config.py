@@ -22,6 +22,7 @@ from loopwm.config import (
     TaskConfig,
     flatten,
     load_config,
+    parse_config,
     read_config,
     save_config,
     to_dict,
@@ -132,6 +133,12 @@ def test_a_config_from_before_priorities_is_read_as_what_its_run_did(tmp_path) -
     assert read_config(path).agent.priority == 0.0
     save_config(load_config([]), path)
     assert read_config(path).agent.priority == load_config([]).agent.priority > 0.0
+
+
+def test_a_config_from_before_values_read_the_loop_state_is_read_as_what_its_run_did() -> None:
+    tree = to_dict(load_config([]))
+    assert parse_config(tree).agent.value_loops == tree["agent"].pop("value_loops") > 0
+    assert parse_config(tree).agent.value_loops == 0
 
 
 def test_a_config_from_before_evaluations_had_a_budget_of_their_own_keeps_its_own(tmp_path) -> None:
