@@ -88,8 +88,8 @@ class PlannerAgent:
         """What the value reads of z (..., Z) and action (..., A): (..., Z + A), or (..., Z + A + D).
 
         With ``value_loops`` that includes the loop state which the slow model makes of the two, from which it predicts
-        reward and next latent: features of a state and an action that the model has learnt (MR.Q, 2501.16142, section
-        4.1; TD7, 2306.02451), and a way for the policy's gradient through the model.
+        reward and next latent: features of a state and an action that the model has learnt (z_sa of MR.Q, 2501.16142,
+        and of TD7, 2306.02451, whose values read z and a beside it), and the policy's gradient goes through them.
         """
         if not self.config.value_loops:
             return torch.cat([z, action], -1)

@@ -135,10 +135,11 @@ def test_a_config_from_before_priorities_is_read_as_what_its_run_did(tmp_path) -
     assert read_config(path).agent.priority == load_config([]).agent.priority > 0.0
 
 
-def test_a_config_from_before_values_read_the_loop_state_is_read_as_what_its_run_did() -> None:
-    tree = to_dict(load_config([]))
-    assert parse_config(tree).agent.value_loops == tree["agent"].pop("value_loops") > 0
-    assert parse_config(tree).agent.value_loops == 0
+def test_a_dict_from_before_is_read_as_a_file_from_before_is() -> None:
+    tree = to_dict(load_config(["agent.plan_samples=200", "agent.eval_samples=10"]))
+    assert parse_config(tree) == load_config(["agent.plan_samples=200", "agent.eval_samples=10"])
+    del tree["agent"]["eval_samples"], tree["agent"]["priority"]
+    assert (parse_config(tree).agent.eval_samples, parse_config(tree).agent.priority) == (200, 0.0)
 
 
 def test_a_config_from_before_evaluations_had_a_budget_of_their_own_keeps_its_own(tmp_path) -> None:
