@@ -3,7 +3,8 @@
 python -m benchmarks.compare docs/results/returns_*.csv --frames 100000
 
 By rliable (Agarwal et al. 2021, arXiv 2108.13264): stratified bootstrap over the seeds of each task. Returns are
-divided by 1000, the most that a DMC task gives. Needs ``pip install -e '.[stats]'``.
+divided by 1000, the most that a DMC task gives. Needs ``pip install -e '.[stats]'``. And the differences paired by task
+and seed, with Student's interval over the pairs, which says what other tasks might give; with one seed that is all.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.ablations import paired
 from benchmarks.harness import parser, report
 from loopwm.config import ConfigError
 
@@ -54,8 +56,8 @@ def matrices(scores: dict[str, dict[str, dict[int, float]]]) -> tuple[list[str],
     if not tasks:
         raise ConfigError("the dynamics in these files share no task")
     seeds = sorted(set.intersection(*(set(by_task[t]) for by_task in scores.values() for t in tasks)))
-    if len(seeds) < 2:
-        raise ConfigError(f"the runs in these files share {len(seeds)} seeds: intervals need two at the least")
+    if len(seeds) * len(tasks) < 2:
+        raise ConfigError(f"the runs in these files share {len(seeds)} seeds of {len(tasks)} tasks: too few")
     return tasks, {
         name: np.array([[by_task[t][s] for t in tasks] for s in seeds]) for name, by_task in sorted(scores.items())
     }
@@ -79,19 +81,26 @@ def compare(runs: dict[str, np.ndarray], base: str, samples: int) -> dict[str, d
     return found
 
 
+def differences(runs: dict[str, np.ndarray], base: str) -> dict[str, dict[str, float]]:
+    """Mean difference of return between ``base`` and each other, over pairs of one task and seed."""
+    others = [name for name in runs if name != base]
+    return {f"{base} minus {name}": paired(list(runs[base].ravel()), list(runs[name].ravel())) for name in others}
+
+
 def _figure(value: np.ndarray, bounds: np.ndarray) -> dict[str, float]:
     low, high = np.asarray(bounds).ravel()
     return {"value": round(float(np.ravel(value)[0]), 3), "low": round(float(low), 3), "high": round(float(high), 3)}
 
 
 def verdict(found: dict[str, dict[str, float]], base: str, tasks: list[str], seeds: int) -> str:
-    """One sentence: which controls the loop is shown to beat, or to lose to."""
-    odds = {name: figure for name, figure in found.items() if name.startswith("P(")}
-    better = [name for name, figure in odds.items() if figure["low"] > 0.5]
-    worse = [name for name, figure in odds.items() if figure["high"] < 0.5]
+    """One sentence: which controls the loop is shown to beat, or to lose to (with one seed: by the pairs)."""
+    odds = {name: (figure, 0.5) for name, figure in found.items() if name.startswith("P(")}
+    odds = odds or {name: (figure, 0.0) for name, figure in found.items() if " minus " in name}
+    better = [name for name, (figure, even) in odds.items() if figure["low"] > even]
+    worse = [name for name, (figure, even) in odds.items() if figure["high"] < even]
     said = [f"{base} is better: {', '.join(better)}"] if better else []
     said += [f"{base} is worse: {', '.join(worse)}"] if worse else []
-    ends = "; ".join(said) or "no interval excludes one half, so no difference is shown"
+    ends = "; ".join(said) or "no interval excludes that they are alike, so no difference is shown"
     return f"Over {len(tasks)} tasks and {seeds} seeds: {ends}."
 
 
@@ -105,7 +114,9 @@ def main(arguments: list[str]) -> int:
         tasks, runs = matrices(read_scores(args.results, args.frames))
         if args.base not in runs:
             raise ConfigError(f"--base {args.base!r}: the files have {', '.join(runs)}")
-        found = compare(runs, args.base, 500 if args.quick else 20_000)
+        found = differences(runs, args.base)
+        if len(runs[args.base]) > 1:
+            found |= compare(runs, args.base, 500 if args.quick else 20_000)
     except ImportError as error:
         print(f"compare: needs rliable ({error}): pip install -e '.[stats]'", file=sys.stderr)
         return 2

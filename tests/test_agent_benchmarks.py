@@ -67,7 +67,7 @@ def test_what_a_person_can_get_wrong_ends_in_one_line(tmp_path, capsys):
         (str(good), str(other), "--frames", "40000"): "share no task",
         (str(odd),): "not a CSV of benchmarks.returns",
         (str(good), "--frames", "40000"): "looped alone",
-        (str(single), "--frames", "40000"): "share 1 seeds",
+        (str(single), "--frames", "40000"): "share 1 seeds of 1 tasks",
         (str(both), str(good), "--frames", "40000"): "is there twice",
         (str(both), "--frames", "40000", "--base", "stacked"): "the files have looped, wide",
         (str(tmp_path / "none.csv"),): "none.csv",
@@ -87,6 +87,20 @@ def test_the_verdict_names_only_what_an_interval_shows():
     said = compare.verdict(odds, "looped", ["a"], 3)
     assert "better: P(looped > wide)" in said and "worse: P(looped > single_pass)" in said and "stacked" not in said
     assert "no difference" in compare.verdict({k: odds[k] for k in ["P(looped > stacked)"]}, "looped", ["a"], 3)
+
+
+def test_one_seed_is_compared_by_pairs_of_tasks(tmp_path, capsys):
+    noise = {"a": 0.0, "b": 40.0, "c": -40.0}
+    rows = [(t, "looped", 0, 100.0 * k + 300) for k, t in enumerate(noise)]
+    rows += [(t, "wide", 0, 100.0 * k + noise[t]) for k, t in enumerate(noise)]
+    rows += [(t, "stacked", 0, 100.0 * k + 300 + noise[t]) for k, t in enumerate(noise)]
+    path, out = write(tmp_path / "x.csv", rows), tmp_path / "x.json"
+    assert compare.main([str(path), "--frames", "40000", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["headline"]["looped minus wide"]["value"] == 0.3 and found["headline"]["looped minus wide"]["low"] > 0
+    assert found["headline"]["looped minus stacked"]["value"] == 0.0
+    assert not [name for name in found["headline"] if name.startswith(("P(", "IQM"))]
+    assert "better: looped minus wide." in found["verdict"] and "3 tasks and 1 seeds" in found["verdict"]
 
 
 def test_rliable_agrees_on_a_clear_case():
