@@ -7,7 +7,8 @@ Each run plays episodes by its policy alone, and what it imagined on the way is 
 - model: reward and latent, 1 to 10 steps open loop under the actions that were taken, as a share of their variance
   left unexplained (1: no better than their mean), at the planner's own number of loops and at twice as many;
 - value: the mean of both values against the discounted return that followed, where so much of the episode was left
-  that all but a twentieth of it is known; no figure where episodes are too short for that;
+  that all but a twentieth of it is known; no figure where episodes are too short for that. Values learn of actions with
+  the target's noise (``smooth_std``), so the same of episodes with that noise says how much of the bias is its doing;
 - plan: how far apart the scores of the sequences that one plan draws lie, and how far the value at the end of an
   imagined sequence lies from that of the state which really came, which should be less;
 - policy and planner: their returns on the same episodes.
@@ -46,17 +47,21 @@ class Episodes(NamedTuple):
     reward: Tensor  # (T, E)
 
 
-def play(agent: PlannerAgent, task: str, repeat: int, episodes: int) -> Episodes:
-    """Episodes side by side, until the first of them ends.
+def play(agent: PlannerAgent, task: str, repeat: int, episodes: int, noisy: bool = False) -> Episodes:
+    """Episodes side by side, until the first of them ends; ``noisy``: with the noise of the value's targets.
 
     Raises:
         TaskError: that is too soon to look ``max(STEPS)`` ahead.
     """
     venv, agent = make_vector_env(task, episodes, seed=SEED, action_repeat=repeat), agent.evaluator()
     obs, rows, ended = venv.reset(seed=SEED)[0], [], False
-    first = np.ones(episodes, bool)
+    first, c, stream = np.ones(episodes, bool), agent.config, torch.Generator().manual_seed(SEED)
     while not ended:
         action = agent.act(obs, first=first)
+        if noisy:
+            row = torch.as_tensor(agent.encode_action(action), dtype=torch.float32)  # (E, A)
+            row = agent.policy.perturb(row, c.smooth_std, c.smooth_clip, stream)
+            action = (row.argmax(-1) if agent.discrete else row).numpy()
         after, reward, terminated, truncated, _ = venv.step(action)
         rows.append((obs.copy(), agent.encode_action(action), reward))
         obs, first, ended = after, np.zeros(episodes, bool), bool((terminated | truncated).any())
@@ -153,6 +158,8 @@ def diagnose(run_dir: Path, episodes: int) -> dict[str, Any]:
         for name, one in (("policy", policy), ("planner", agent))
     }
     found = {f"return, {name}": value for name, value in returns.items()} | value_errors(policy, data)
+    noisy = value_errors(policy, play(policy, *envs, episodes, noisy=True))
+    found |= {f"{name}, with the target's noise": noisy[name] for name in noisy if "return" in name}
     found |= model_errors(agent, data, depth) | plan_errors(agent, data, depth)
     if depth:
         found |= {f"{name}, twice the loops": v for name, v in model_errors(agent, data, 2 * depth).items()}

@@ -195,6 +195,19 @@ def test_a_value_is_held_against_the_return_that_followed():
     assert diagnose.value_errors(agent, short) == {}
 
 
+@pytest.mark.parametrize("task", ["gym/Pendulum-v1", "gym/Acrobot-v1"])
+def test_episodes_with_the_targets_noise(task):
+    words = [f"task={task}", "size=small", "agent.plan_samples=0", "agent.smooth_clip=0.1"]
+    dims = (3, 1, False) if "Pendulum" in task else (6, 3, True)
+    plain, none, much = (
+        diagnose.play(make_agent(load_config([*words, f"agent.smooth_std={std}"]), *dims), task, 1, 2, noisy=noisy)
+        for std, noisy in ((0.5, False), (0.0, True), (0.5, True))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain, none, strict=True))
+    moved = (much.action[0] - plain.action[0]).abs().max()  # later observations differ too
+    assert not torch.equal(much.action, plain.action) and (dims[2] or moved <= 0.1 + 1e-6)
+
+
 def test_what_a_plan_decides_by_is_held_against_what_it_ends_in():
     """The spread of known scores, and the value at the imagined and at the real end of one step, by hand."""
     words = ["agent.plan_samples=400", "agent.plan_std_final=0.1", "agent.plan_std=0.1", "agent.plan_horizon=1"]
