@@ -85,7 +85,7 @@ class PlannerAgent:
         return self.slow_model.encode(obs)
 
     def pair(self, z: Tensor, action: Tensor) -> Tensor:
-        """What the value reads of z (..., Z) and action (..., A): (..., Z + A), or (..., Z + A + D).
+        """What the value reads of z (B, ..., Z) and action (B, ..., A): (B, ..., Z + A), or (B, ..., Z + A + D).
 
         With ``value_loops`` that includes the loop state which the slow model makes of the two, from which it predicts
         reward and next latent: features of a state and an action that the model has learnt (z_sa of MR.Q, 2501.16142,
@@ -95,7 +95,7 @@ class PlannerAgent:
             return torch.cat([z, action], -1)
         h = self.slow_model.dynamics(z.flatten(0, -2), action.flatten(0, -2), self.config.value_loops).h
         h = torch.nn.functional.layer_norm(h, h.shape[-1:])  # of one scale, whatever the loop makes of it
-        return torch.cat([z, action, h.view(*z.shape[:-1], -1)], -1)
+        return torch.cat([z, action, h.view(*z.shape[:-1], h.shape[-1])], -1)
 
     # ---- acting -------------------------------------------------------------------------------------------------
 

@@ -3,8 +3,9 @@
 python -m benchmarks.compare docs/results/returns_*.csv --frames 100000
 
 By rliable (Agarwal et al. 2021, arXiv 2108.13264): stratified bootstrap over the seeds of each task. Returns are
-divided by 1000, the most that a DMC task gives. Needs ``pip install -e '.[stats]'``. And the differences paired by task
-and seed, with Student's interval over the pairs, which says what other tasks might give; with one seed that is all.
+divided by 1000, the most that a DMC task gives. Needs ``pip install -e '.[stats]'``. And the differences paired by
+task, of means over seeds, with Student's interval over the tasks: what other tasks might give. With one seed that is
+all. Seeds that some task or dynamics lacks are left out.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def read_scores(paths: Iterable[Path], frames: int) -> dict[str, dict[str, dict[
     return scores
 
 
-def matrices(scores: dict[str, dict[str, dict[int, float]]]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """(tasks, dynamics -> (seeds, tasks)) of the tasks and seeds that every dynamics has."""
+def matrices(scores: dict[str, dict[str, dict[int, float]]]) -> tuple[list[str], list[int], dict[str, np.ndarray]]:
+    """(tasks, seeds, dynamics -> (seeds, tasks)) of the tasks that every dynamics has, and the seeds that all have."""
     if len(scores) < 2:
         raise ConfigError(f"nothing to compare: the files have {', '.join(scores)} alone")
     tasks = sorted(set.intersection(*(set(by_task) for by_task in scores.values())))
@@ -58,9 +59,11 @@ def matrices(scores: dict[str, dict[str, dict[int, float]]]) -> tuple[list[str],
     seeds = sorted(set.intersection(*(set(by_task[t]) for by_task in scores.values() for t in tasks)))
     if len(seeds) * len(tasks) < 2:
         raise ConfigError(f"the runs in these files share {len(seeds)} seeds of {len(tasks)} tasks: too few")
-    return tasks, {
-        name: np.array([[by_task[t][s] for t in tasks] for s in seeds]) for name, by_task in sorted(scores.items())
-    }
+    return (
+        tasks,
+        seeds,
+        {name: np.array([[by_task[t][s] for t in tasks] for s in seeds]) for name, by_task in sorted(scores.items())},
+    )
 
 
 def compare(runs: dict[str, np.ndarray], base: str, samples: int) -> dict[str, dict[str, float]]:
@@ -82,9 +85,9 @@ def compare(runs: dict[str, np.ndarray], base: str, samples: int) -> dict[str, d
 
 
 def differences(runs: dict[str, np.ndarray], base: str) -> dict[str, dict[str, float]]:
-    """Mean difference of return between ``base`` and each other, over pairs of one task and seed."""
-    others = [name for name in runs if name != base]
-    return {f"{base} minus {name}": paired(list(runs[base].ravel()), list(runs[name].ravel())) for name in others}
+    """Mean difference of return between ``base`` and each other, paired by task (of one task: by seed)."""
+    by_pair = {name: list(run.mean(0) if run.shape[1] > 1 else run[:, 0]) for name, run in runs.items()}  # of a task
+    return {f"{base} minus {name}": paired(by_pair[base], mine) for name, mine in by_pair.items() if name != base}
 
 
 def _figure(value: np.ndarray, bounds: np.ndarray) -> dict[str, float]:
@@ -93,7 +96,7 @@ def _figure(value: np.ndarray, bounds: np.ndarray) -> dict[str, float]:
 
 
 def verdict(found: dict[str, dict[str, float]], base: str, tasks: list[str], seeds: int) -> str:
-    """One sentence: which controls the loop is shown to beat, or to lose to (with one seed: by the pairs)."""
+    """One sentence: which controls the loop is shown to beat, or to lose to (with one seed: over the tasks)."""
     odds = {name: (figure, 0.5) for name, figure in found.items() if name.startswith("P(")}
     odds = odds or {name: (figure, 0.0) for name, figure in found.items() if " minus " in name}
     better = [name for name, (figure, even) in odds.items() if figure["low"] > even]
@@ -111,7 +114,7 @@ def main(arguments: list[str]) -> int:
     p.add_argument("--base", default="looped", help="the dynamics that the others are compared with")
     args = p.parse_args(arguments)
     try:
-        tasks, runs = matrices(read_scores(args.results, args.frames))
+        tasks, seeds, runs = matrices(read_scores(args.results, args.frames))
         if args.base not in runs:
             raise ConfigError(f"--base {args.base!r}: the files have {', '.join(runs)}")
         found = differences(runs, args.base)
@@ -123,10 +126,9 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, OSError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
-    seeds = len(next(iter(runs.values())))
     rows = [{"dynamics": name, "task": task, "returns": [round(float(v) * MOST, 1) for v in runs[name][:, i]]}
             for name in runs for i, task in enumerate(tasks)]  # fmt: skip
-    report("compare", args, range(seeds), rows, found, verdict(found, args.base, tasks, seeds))
+    report("compare", args, seeds, rows, found, verdict(found, args.base, tasks, len(seeds)))
     return 0
 
 

@@ -4,11 +4,13 @@ python -m benchmarks.depth_dial runs/x runs/y --loops 1 2 4 8 16
 
 Each run plays the same episodes with every number of loops (0: adaptive, by the run's own halting rule), and by its
 policy alone, which predicts nothing. The model is held against one set of episodes, those of the policy, open loop
-under the actions that were taken. Episodes and plan noise are alike throughout, so differences are paired.
+under the actions that were taken. Episodes and plan noise are alike throughout, so differences are paired. What the
+value reads (``value_loops``) stays as it was trained.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
@@ -39,11 +41,18 @@ def episode_returns(agent: PlannerAgent, cfg: Config, episodes: int) -> np.ndarr
 
 
 def predictions(agent: PlannerAgent, data: Episodes, loops: int) -> dict[str, float]:
-    """Share of variance left unexplained, by ``ERRORS``, and the loops that a first prediction took."""
+    """Share of variance left unexplained, by ``ERRORS``, and the mean loops of a prediction one step ahead."""
     found = model_errors(agent, data, loops or None)
-    z = agent.encode(data.obs[0])
-    spent = agent.slow_model.dynamics(z, data.action[0], loops or None).loops.double().mean()
+    z = agent.encode(data.obs.flatten(0, 1))  # (T * E, Z)
+    spent = agent.slow_model.dynamics(z, data.action.flatten(0, 1), loops or None).loops.double().mean()
     return {name: round(found[name], 4) for name in ERRORS} | {"loops spent": round(float(spent), 2)}
+
+
+def require_loops(run_dir: Path) -> None:
+    """Raises ConfigError: its agent has no loops, or evaluates without plans, so that nothing would turn."""
+    cfg = load_agent(run_dir)[1]
+    if cfg.dynamics.name != "looped" or not min(cfg.agent.plan_samples, cfg.agent.eval_samples):
+        raise ConfigError(f"{run_dir}: nothing to turn: its agent has no loops, or evaluates without plans")
 
 
 @torch.no_grad()
@@ -56,8 +65,8 @@ def dial(run_dir: Path, loops: list[int], episodes: int) -> list[dict[str, Any]]
     rows = []
     for setting in (POLICY, *loops):
         agent = policy if setting == POLICY else load_agent(run_dir, plan_loops=setting)[0]
-        acting, obs = agent.evaluator(), data.obs[0, :1].numpy()
-        seconds = median_seconds(lambda: acting.act(obs, first=np.ones(1, bool)), 50)  # noqa: B023 (called at once)
+        act, states = agent.evaluator().act, itertools.cycle(data.obs[:, :1].numpy())
+        seconds = median_seconds(lambda: act(next(states), first=np.ones(1, bool)), 50)  # noqa: B023 (called at once)
         returns = episode_returns(agent, cfg, episodes)
         row = names | {"loops": setting, "return": round(float(returns.mean()), 1)}
         row |= {"returns": [round(float(x), 1) for x in returns]}
@@ -75,14 +84,14 @@ def differences(rows: list[dict], base: int) -> dict[str, dict[str, float]]:
         by_setting.setdefault(row["loops"], []).append(row["return"])
     label = {setting: setting if setting == POLICY else f"{setting or 'adaptive'} loops" for setting in by_setting}
     others = [setting for setting in by_setting if setting != base]
-    return {f"return, {label[x]} minus {base}": paired(by_setting[x], by_setting[base]) for x in others}
+    return {f"return, {label[x]} minus {label[base]}": paired(by_setting[x], by_setting[base]) for x in others}
 
 
 def verdict(found: dict[str, dict[str, float]], runs: int) -> str:
     """Which settings are shown to differ in return."""
     clear = [name for name, figure in found.items() if figure["low"] > 0 or figure["high"] < 0]
     said = f"differ: {', '.join(clear)}" if clear else "no setting is shown to differ"
-    return f"Over {runs} runs, by 95 % intervals: {said}."
+    return f"Over {runs} runs, by 95 % intervals, not corrected for their number: {said}."
 
 
 def checked(p: ArgumentParser, arguments: list[str]) -> Any:
@@ -92,8 +101,8 @@ def checked(p: ArgumentParser, arguments: list[str]) -> Any:
         p.error("--episodes must be at least 1, and --loops different whole numbers (0: adaptive)")
     if args.base not in args.loops:
         p.error(f"--base {args.base}: must be one of --loops")
-    if len(args.run_dirs) < 2:
-        p.error("two runs at the least: an interval needs them")
+    if len({run_dir.resolve() for run_dir in args.run_dirs}) < max(2, len(args.run_dirs)):
+        p.error("two runs at the least, each named once: an interval needs them")
     return args
 
 
@@ -106,6 +115,8 @@ def main(arguments: list[str]) -> int:
     p.add_argument("--episodes", type=int, default=10)
     args = checked(p, arguments)
     try:
+        for run_dir in args.run_dirs:  # before minutes are spent on any
+            require_loops(run_dir)
         episodes = 2 if args.quick else args.episodes
         rows = [row for run_dir in args.run_dirs for row in dial(run_dir, args.loops, episodes)]
     except (CheckpointError, ConfigError, TaskError, OSError) as error:

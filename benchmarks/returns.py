@@ -53,6 +53,8 @@ def main(arguments: list[str]) -> None:
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings, for every run")
     p.add_argument("--csv", type=Path, metavar="FILE", help="write every evaluation of every run there")
     args = p.parse_args(arguments)
+    if args.first_seed < 0:
+        p.error(f"--first-seed {args.first_seed}: must be at least 0")
     args.task = [task for word in args.task for task in (EIGHT if word == "eight" else (word,))]
     seeds = range(args.first_seed, args.first_seed + (2 if args.quick else args.seeds))
     frames = min(args.frames, 20_000) if args.quick else args.frames

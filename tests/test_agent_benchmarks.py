@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from training_tools import CARTPOLE, SWINGUP, forbid_filming, run
 
 from agents import make_agent
@@ -47,8 +49,8 @@ def test_a_csv_of_returns_is_read_back_by_task_seed_and_frames(tmp_path):
 def test_only_tasks_and_seeds_that_all_have_are_compared(tmp_path):
     rows = [("a", "looped", seed, 100.0 * seed) for seed in range(4)] + [("b", "looped", 0, 1.0)]
     rows += [("a", "wide", seed, 300.0) for seed in (1, 3)]
-    tasks, runs = compare.matrices(compare.read_scores([write(tmp_path / "x.csv", rows)], 40_000))
-    assert tasks == ["a"]
+    tasks, seeds, runs = compare.matrices(compare.read_scores([write(tmp_path / "x.csv", rows)], 40_000))
+    assert tasks == ["a"] and seeds == [1, 3]
     assert {name: m.tolist() for name, m in runs.items()} == {"looped": [[0.1], [0.3]], "wide": [[0.3], [0.3]]}
 
 
@@ -101,6 +103,23 @@ def test_one_seed_is_compared_by_pairs_of_tasks(tmp_path, capsys):
     assert found["headline"]["looped minus stacked"]["value"] == 0.0
     assert not [name for name in found["headline"] if name.startswith(("P(", "IQM"))]
     assert "better: looped minus wide." in found["verdict"] and "3 tasks and 1 seeds" in found["verdict"]
+    assert found["seeds"] == [0]
+
+
+def test_pairs_are_tasks_where_there_are_several_and_seeds_where_there_is_one():
+    looped = np.array([[0.1, 0.5], [0.3, 0.9]])
+    found = compare.differences({"looped": looped, "wide": looped * 0.5}, "looped")["looped minus wide"]
+    by_task = stats.t.interval(0.95, 1, loc=0.225, scale=0.125)  # differences of 0.1 and 0.35
+    assert (found["value"], found["low"], found["high"]) == pytest.approx((0.225, *by_task), abs=1e-3)
+    one = compare.differences({"looped": looped[:, :1], "wide": looped[:, :1] * 0.5}, "looped")["looped minus wide"]
+    by_seed = stats.t.interval(0.95, 1, loc=0.1, scale=0.05)
+    assert (one["value"], one["low"], one["high"]) == pytest.approx((0.1, *by_seed), abs=1e-3)
+
+
+def test_a_seed_below_zero_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        returns.main(["--first-seed", "-1"])
+    assert ended.value.code == 2 and "--first-seed -1" in capsys.readouterr().err
 
 
 def test_rliable_agrees_on_a_clear_case():
@@ -124,33 +143,42 @@ def test_the_dial_is_paired_over_runs_and_its_verdict_needs_an_interval():
     rows += [{"loops": 1, "return": 100.0 * k - 50.0 + noise[k]} for k in range(3)]
     rows += [{"loops": 0, "return": 100.0 * k + noise[k]} for k in range(3)]
     found = depth_dial.differences(rows, 4)
-    assert found["return, 1 loops minus 4"]["value"] == pytest.approx(-49.667, abs=1e-3)
-    assert found["return, 1 loops minus 4"]["high"] < -40  # runs differ by hundreds, pairs by a few
+    assert found["return, 1 loops minus 4 loops"]["value"] == pytest.approx(-49.667, abs=1e-3)
+    assert found["return, 1 loops minus 4 loops"]["high"] < -40  # runs differ by hundreds, pairs by a few
     said = depth_dial.verdict(found, 3)
     assert "1 loops minus 4" in said and "adaptive" not in said
-    del found["return, 1 loops minus 4"]
+    del found["return, 1 loops minus 4 loops"]
     assert "no setting is shown to differ" in depth_dial.verdict(found, 3)
 
 
 @pytest.mark.filterwarnings("ignore:Precision loss")  # the two runs are one
-def test_a_trained_agent_is_dialled(tmp_path, monkeypatch):
+def test_a_trained_agent_is_dialled(tmp_path, monkeypatch, capsys):
     forbid_filming(monkeypatch)
     run(tmp_path / "x", *SWINGUP, "agent.plan_samples=8", "frames=200")
-    out, twice = tmp_path / "dial.json", [str(tmp_path / "x")] * 2
-    assert depth_dial.main([*twice, "--quick", "--loops", "1", "0", "--base", "1", "--json", str(out)]) == 0
+    shutil.copytree(tmp_path / "x", tmp_path / "y")
+    out, runs = tmp_path / "dial.json", [str(tmp_path / "x"), str(tmp_path / "y")]
+    assert depth_dial.main([*runs, "--quick", "--loops", "1", "0", "--base", "1", "--json", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [row["loops"] for row in rows] == ["policy alone", 1, 0] * 2
     assert rows[1]["loops spent"] == 1.0 < rows[2]["loops spent"] <= 8.0
-    assert rows[1]["latent, 3 ahead"] != rows[2]["latent, 3 ahead"]
+    assert rows[1]["latent, 3 ahead"] != rows[2]["latent, 3 ahead"] and rows[1]["returns"] != rows[2]["returns"]
     assert [row["returns"] for row in rows[:3]] == [row["returns"] for row in rows[3:]]  # the same episodes and noise
+    capsys.readouterr()
+    for changed in ("plan_samples: 8", "eval_samples: 64"):
+        config = tmp_path / "y" / "config.yaml"
+        kept = config.read_text()
+        config.write_text(kept.replace(changed, changed.split()[0] + " 0"))
+        assert config.read_text() != kept and depth_dial.main(runs) == 2
+        assert "nothing to turn" in (said := capsys.readouterr().err) and said.count("\n") == 1
+        config.write_text(kept)
 
 
 def test_what_cannot_be_dialled_ends_in_one_line(tmp_path, capsys):
-    none = [str(tmp_path / "none")] * 2
+    none = [str(tmp_path / "none"), str(tmp_path / "neither")]
     assert depth_dial.main(none) == 2
     assert capsys.readouterr().err.count("\n") == 1
     wrong = (["--episodes", "0"], ["--loops", "-1", "4"], ["--loops", "4", "4"], ["--base", "3"])
-    for arguments in (*([*none, *words] for words in wrong), none[:1]):
+    for arguments in (*([*none, *words] for words in wrong), none[:1], none[:1] * 2):
         with pytest.raises(SystemExit) as ended:
             depth_dial.main(arguments)
         assert ended.value.code == 2
