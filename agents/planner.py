@@ -97,6 +97,10 @@ class PlannerAgent:
         h = torch.nn.functional.layer_norm(h, h.shape[-1:])  # of one scale, whatever the loop makes of it
         return torch.cat([z, action, h.view(*z.shape[:-1], h.shape[-1])], -1)
 
+    def state_value(self, z: Tensor) -> Tensor:
+        """z (B, ..., Z) -> value (B, ...) of what the policy does there, the mean of the ensemble."""
+        return self.value.values(self.pair(z, self.policy(z)[0])).mean(0)
+
     # ---- acting -------------------------------------------------------------------------------------------------
 
     @property
@@ -158,8 +162,7 @@ class PlannerAgent:
         rollout = self.slow_model.rollout(z, actions, self._plan_depth())
         reward, continuation = self.slow_model.predict(rollout.h)  # (H, R)
         discount = self.config.discount * continuation
-        last = rollout.z[-1]
-        value = self.value.values(self.pair(last, self.policy(last)[0])).mean(0)  # (R,)
+        value = self.state_value(rollout.z[-1])  # (R,)
         for t in reversed(range(actions.shape[0])):
             value = reward[t] + discount[t] * value
         return value

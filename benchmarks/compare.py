@@ -86,7 +86,7 @@ def compare(runs: dict[str, np.ndarray], base: str, samples: int) -> dict[str, d
 
 def differences(runs: dict[str, np.ndarray], base: str) -> dict[str, dict[str, float]]:
     """Mean difference of return between ``base`` and each other, paired by task (of one task: by seed)."""
-    by_pair = {name: list(run.mean(0) if run.shape[1] > 1 else run[:, 0]) for name, run in runs.items()}  # of a task
+    by_pair = {name: list(run.mean(0) if run.shape[1] > 1 else run[:, 0]) for name, run in runs.items()}
     return {f"{base} minus {name}": paired(by_pair[base], mine) for name, mine in by_pair.items() if name != base}
 
 

@@ -10,6 +10,8 @@ value reads (``value_loops``) stays as it was trained.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 import sys
 from argparse import ArgumentParser
@@ -21,23 +23,14 @@ import torch
 
 from agents import PlannerAgent, load_agent
 from benchmarks.ablations import paired
-from benchmarks.diagnose import SEED, Episodes, model_errors, play
+from benchmarks.diagnose import Episodes, episode_returns, model_errors, play
 from benchmarks.harness import median_seconds, parser, report
-from envs import TaskError, make_vector_env
+from envs import TaskError
 from loopwm.config import Config, ConfigError
 from loopwm.training.checkpoint import CheckpointError
-from loopwm.training.rollout import rollout
 
 POLICY = "policy alone"
 ERRORS = ("reward, 1 ahead", "reward, 3 ahead", "latent, 3 ahead", "latent, 10 ahead")
-
-
-def episode_returns(agent: PlannerAgent, cfg: Config, episodes: int) -> np.ndarray:
-    """Returns (E,) of the episodes that every setting plays."""
-    venv = make_vector_env(cfg.task.id, episodes, action_repeat=cfg.task.action_repeat)
-    found = rollout(agent, venv, episodes, seed=SEED).returns
-    venv.close()
-    return found
 
 
 def predictions(agent: PlannerAgent, data: Episodes, loops: int) -> dict[str, float]:
@@ -48,26 +41,40 @@ def predictions(agent: PlannerAgent, data: Episodes, loops: int) -> dict[str, fl
     return {name: round(found[name], 4) for name in ERRORS} | {"loops spent": round(float(spent), 2)}
 
 
-def require_loops(run_dir: Path) -> None:
-    """Raises ConfigError: its agent has no loops, or evaluates without plans, so that nothing would turn."""
-    cfg = load_agent(run_dir)[1]
+def load_looped(run_dir: Path) -> tuple[PlannerAgent, Config, int]:
+    """What ``load_agent`` gives.
+
+    Raises:
+        ConfigError: its agent has no loops, or evaluates without plans, so that nothing would turn.
+    """
+    agent, cfg, frames = load_agent(run_dir)
     if cfg.dynamics.name != "looped" or not min(cfg.agent.plan_samples, cfg.agent.eval_samples):
         raise ConfigError(f"{run_dir}: nothing to turn: its agent has no loops, or evaluates without plans")
+    return agent, cfg, frames
+
+
+def turned(agent: PlannerAgent, **settings: int) -> PlannerAgent:
+    """The same networks with other settings of the agent."""
+    view = copy.copy(agent)
+    view.config = dataclasses.replace(agent.config, **settings)
+    return view
 
 
 @torch.no_grad()
-def dial(run_dir: Path, loops: list[int], episodes: int) -> list[dict[str, Any]]:
+def dial(
+    run_dir: Path, loaded: PlannerAgent, cfg: Config, frames: int, loops: list[int], episodes: int
+) -> list[dict[str, Any]]:
     """One row for the policy alone and one for each number of loops."""
-    policy, cfg, frames = load_agent(run_dir, plan_samples=0)
-    data = play(policy, cfg.task.id, cfg.task.action_repeat, episodes)
+    policy, envs = turned(loaded, plan_samples=0), (cfg.task.id, cfg.task.action_repeat)
+    data = play(policy, *envs, episodes)
     names = {"run": str(run_dir), "task": cfg.task.id, "dynamics": cfg.dynamics.name, "seed": cfg.seed}
     names |= {"frames": frames, "plan_loops": cfg.agent.plan_loops}
     rows = []
     for setting in (POLICY, *loops):
-        agent = policy if setting == POLICY else load_agent(run_dir, plan_loops=setting)[0]
+        agent = policy if setting == POLICY else turned(loaded, plan_loops=setting)
         act, states = agent.evaluator().act, itertools.cycle(data.obs[:, :1].numpy())
         seconds = median_seconds(lambda: act(next(states), first=np.ones(1, bool)), 50)  # noqa: B023 (called at once)
-        returns = episode_returns(agent, cfg, episodes)
+        returns = episode_returns(agent, *envs, episodes)
         row = names | {"loops": setting, "return": round(float(returns.mean()), 1)}
         row |= {"returns": [round(float(x), 1) for x in returns]}
         row |= {"milliseconds an action": round(1e3 * float(np.median(seconds)), 2)}
@@ -115,10 +122,9 @@ def main(arguments: list[str]) -> int:
     p.add_argument("--episodes", type=int, default=10)
     args = checked(p, arguments)
     try:
-        for run_dir in args.run_dirs:  # before minutes are spent on any
-            require_loops(run_dir)
         episodes = 2 if args.quick else args.episodes
-        rows = [row for run_dir in args.run_dirs for row in dial(run_dir, args.loops, episodes)]
+        loaded = [(run_dir, *load_looped(run_dir)) for run_dir in args.run_dirs]  # before minutes are spent on any
+        rows = [row for one in loaded for row in dial(*one, args.loops, episodes)]
     except (CheckpointError, ConfigError, TaskError, OSError) as error:
         print(f"depth_dial: {error}", file=sys.stderr)
         return 2

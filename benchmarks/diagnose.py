@@ -71,6 +71,14 @@ def play(agent: PlannerAgent, task: str, repeat: int, episodes: int, noisy: bool
     return Episodes(*(torch.from_numpy(np.array(column, np.float32)) for column in zip(*rows, strict=True)))
 
 
+def episode_returns(agent: PlannerAgent, task: str, repeat: int, episodes: int) -> np.ndarray:
+    """Returns (E,) of the same episodes for every agent, played to their ends."""
+    venv = make_vector_env(task, episodes, action_repeat=repeat)
+    found = rollout(agent, venv, episodes, seed=SEED).returns
+    venv.close()
+    return found
+
+
 def unexplained(prediction: Tensor, truth: Tensor) -> float:
     """Squared error over the variance of what was predicted, (n,) or (n, Z); where that is none, zero or infinity."""
     spread, error = (truth - truth.mean(0)).square().mean(), (prediction - truth).square().mean()
@@ -135,7 +143,7 @@ def plan_errors(agent: PlannerAgent, data: Episodes, depth: int | None, states: 
     z = model.encode(data.obs)  # (T, E, Z)
     begin, came = z[:-horizon].flatten(0, 1), z[horizon:].flatten(0, 1)  # (T' * E, Z)
     imagined = model.rollout(begin, windows(data, horizon), depth).z[-1]
-    worth = [agent.value.values(agent.pair(end, agent.policy(end)[0])).mean(0) for end in (imagined, came)]  # (T' * E,)
+    worth = [agent.state_value(end) for end in (imagined, came)]  # (T' * E,)
     some = begin[torch.linspace(0, len(begin) - 1, min(states, len(begin))).long()]  # (N, Z)
     drawn = agent.draw_plans(some)  # (H, N, S, A)
     return {
@@ -151,13 +159,11 @@ def diagnose(run_dir: Path, episodes: int) -> dict[str, Any]:
     policy = load_agent(run_dir, plan_samples=0)[0]
     envs = (cfg.task.id, cfg.task.action_repeat)
     data, depth = play(policy, *envs, episodes), cfg.agent.plan_loops or None
-    returns = {
-        name: float(
-            rollout(one, make_vector_env(envs[0], episodes, action_repeat=envs[1]), episodes, seed=SEED).returns.mean()
-        )
+    found = {
+        f"return, {name}": float(episode_returns(one, *envs, episodes).mean())
         for name, one in (("policy", policy), ("planner", agent))
     }
-    found = {f"return, {name}": value for name, value in returns.items()} | value_errors(policy, data)
+    found |= value_errors(policy, data)
     noisy = value_errors(policy, play(policy, *envs, episodes, noisy=True))
     found |= {f"{name}, with the target's noise": noisy[name] for name in noisy if "return" in name}
     found |= model_errors(agent, data, depth) | plan_errors(agent, data, depth)
