@@ -64,7 +64,7 @@ def make_agent(cfg: Config, obs_dim: int, action_dim: int, discrete: bool, devic
     world_model = make_world_model(cfg, obs_dim, action_dim).to(device)
     policy = (DiscretePolicy if discrete else ContinuousPolicy)(z, action_dim, c.policy_dim).to(device)
     width = z + action_dim + (world_model.dynamics.state_dim if c.value_loops else 0)
-    value = ValueEnsemble(width, c.value_dim).to(device)
+    value = ValueEnsemble(width, c.value_dim, loss=c.value_loss).to(device)
     return AGENTS[c.name](world_model, policy, value, obs_dim, action_dim, c, seed=cfg.seed, device=device)
 
 

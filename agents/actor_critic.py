@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from loopwm.model.encoders import mlp
-from loopwm.model.heads import TwoHot
+from loopwm.model.heads import ScaledHuber, TwoHot
 
 
 class ContinuousPolicy(nn.Module):
@@ -57,22 +57,24 @@ class DiscretePolicy(nn.Module):
 
 
 class ValueEnsemble(nn.Module):
-    """``members`` independent state-action values, each a two-hot distribution (TD-MPC2, 2310.16828).
+    """``members`` independent state-action values.
 
     Args:
         width: of what they read of a state and an action, see ``PlannerAgent.pair``.
+        loss: ``huber``: each is a number in units of a reward (MR.Q, 2501.16142); ``two_hot``: a distribution (TD-MPC2,
+            2310.16828).
     """
 
-    def __init__(self, width: int, hidden_dim: int, members: int = 2, bins: int = 63, limit: float = 10.0):
+    def __init__(self, width: int, hidden_dim: int, members: int = 2, loss: str = "huber"):
         super().__init__()
-        self.members = nn.ModuleList(mlp(width, hidden_dim, 2, bins) for _ in range(members))
-        self.code = TwoHot(bins, -limit, limit)
+        self.code = ScaledHuber() if loss == "huber" else TwoHot(63, -10.0, 10.0)
+        self.members = nn.ModuleList(mlp(width, hidden_dim, 2, self.code.bins) for _ in range(members))
         for member in self.members:
             nn.init.zeros_(member[-1].weight)
             nn.init.zeros_(member[-1].bias)
 
     def forward(self, pair: Tensor) -> Tensor:
-        """pair (..., width) -> logits (E, ..., bins)."""
+        """pair (..., width) -> (E, ..., bins), what ``code`` decodes."""
         return torch.stack([member(pair) for member in self.members])
 
     def first_value(self, pair: Tensor) -> Tensor:
@@ -82,3 +84,19 @@ class ValueEnsemble(nn.Module):
     def values(self, pair: Tensor) -> Tensor:
         """pair (..., width) -> values (E, ...)."""
         return self.code.decode(self.forward(pair))
+
+    @property
+    def unit(self) -> Tensor | None:
+        """The unit () of the values; None where there is none, with ``two_hot``."""
+        return self.code.scale if isinstance(self.code, ScaledHuber) else None
+
+    @torch.no_grad()
+    def rescale(self, scale: float) -> None:
+        """From now on the values are in units of ``scale`` > 0. They stay what they are: the last layer takes up the
+        change (as in Pop-Art, 1602.07714), so that no target jumps.
+        """
+        if self.unit is not None:
+            for member in self.members:
+                member[-1].weight.mul_(self.unit / scale)
+                member[-1].bias.mul_(self.unit / scale)
+            self.unit.fill_(scale)

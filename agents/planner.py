@@ -23,8 +23,9 @@ from loopwm.config import PlannerConfig
 from loopwm.model.losses import weighted_sum, world_model_losses
 from loopwm.model.world_model import WorldModel
 
-PRIORITY_FLOOR = 1e-3  # so that a transition which is known today may be drawn again; in units of the value
-PRIORITY_REFRESH = 250  # updates between looks for the largest priority, which new transitions get
+PRIORITY_FLOOR = 1e-3  # so that a transition which is known today may be drawn again; of values without a unit
+REFRESH = 250  # updates between looks at the replay for the largest priority and the mean size of a reward
+LEAST_UNIT = 1e-3  # of the values, where hardly any reward has been seen
 
 
 class PlannerAgent:
@@ -224,6 +225,10 @@ class PlannerAgent:
         batch = replay.sample(c.batch_size, length)
         obs, action, reward, terminated, mask = (torch.as_tensor(x, device=self.device) for x in batch[:5])
         metrics: dict[str, Tensor] = {}
+        if self.updates % REFRESH == 0 and self.value.unit is not None:
+            unit = max(replay.mean_reward_size(), LEAST_UNIT)
+            self.value.rescale(unit)
+            self.value_target.rescale(unit)
         if self.updates % c.model_every == 0:
             b, h = c.model_batch_size, c.horizon
             metrics |= self._update_model(
@@ -258,10 +263,10 @@ class PlannerAgent:
                 rows = [torch.cat(both) for both in zip(rows, imagined, strict=True)]
             z, taken, target, weight = rows
             pair = self.pair(z, taken)
-        metrics, logits = self._update_value(pair, target, weight)
+        metrics, out = self._update_value(pair, target, weight)
         if c.priority:
             real = slice(len(start))
-            error = (self.value.code.decode(logits[:, real]) - target[real]).abs().amax(0)  # (B,), the larger of two
+            error = (self.value.code.decode(out[:, real]) - target[real]).abs().amax(0)  # (B,), the larger of two
             self._prioritise(replay, start, error)
         if self.updates % c.policy_every == 0:
             metrics |= self._update_policy(z)
@@ -291,12 +296,15 @@ class PlannerAgent:
     def _prioritise(self, replay: Any, start: np.ndarray, error: Tensor) -> None:
         """Transitions ``start`` (B,) whose values were off by ``error`` (B,) are drawn by it from now on.
 
-        Proportional prioritisation (Schaul et al. 2016, 1511.05952, section 3.3) without importance weights.
+        Proportional prioritisation (Schaul et al. 2016, 1511.05952, section 3.3) without importance weights; errors in
+        the Huber loss's straight part are drawn by their size, all others alike (LAP, 2007.06049).
         """
+        unit = self.value.unit
         # What has diverged to no number must not become the replay's: the metrics show it.
-        priority = error.nan_to_num(0.0, 0.0, 0.0).add(PRIORITY_FLOOR).pow(self.config.priority)
-        replay.prioritise(start, priority.cpu().numpy())
-        if self.updates % PRIORITY_REFRESH == 0:
+        error = error.nan_to_num(0.0, 0.0, 0.0)
+        error = error + PRIORITY_FLOOR if unit is None else (error / unit).clamp_min(1.0)
+        replay.prioritise(start, error.pow(self.config.priority).cpu().numpy())
+        if self.updates % REFRESH == 0:
             replay.refresh_priority()
 
     def _update_model(
@@ -341,9 +349,9 @@ class PlannerAgent:
         return returns + bootstrap * value
 
     def _update_value(self, pair: Tensor, target: Tensor, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """pair (B, ...), target and weight (B,) -> (metrics, the logits (E, B, bins) before the step)."""
-        logits = self.value(pair)  # (E, B, bins)
-        losses = self.value.code.loss(logits, target.expand(logits.shape[0], -1)).sum(0)  # (B,)
+        """pair (B, ...), target and weight (B,) -> (metrics, the values (E, B, bins) before the step, encoded)."""
+        out = self.value(pair)  # (E, B, bins)
+        losses = self.value.code.loss(out, target.expand(out.shape[0], -1)).sum(0)  # (B,)
         loss = (losses * weight).sum() / weight.sum()
         self.value_optimizer.zero_grad()
         loss.backward()
@@ -352,7 +360,7 @@ class PlannerAgent:
             "loss/value": loss.detach(),
             "loss/value_gradient": norm,
             "train/value_target": target.mean(),
-        }, logits.detach()
+        }, out.detach()
 
     def _update_policy(self, z: Tensor) -> dict[str, Tensor]:
         """Follow dQ1/da (TD3, 1802.09477); a small penalty keeps the policy off its saturation."""
@@ -395,6 +403,7 @@ class PlannerAgent:
             "generator": self.generator.get_state(),
             "depth_generator": self.depth_generator.get_state(),
             "updates": self.updates,
+            "value_unit": None if self.value.unit is None else self.value.unit.clone(),
             "acted": self.acted,
             "noise": self._noise.state,
         }
@@ -409,6 +418,9 @@ class PlannerAgent:
             optimizer.load_state_dict(state["optimizers"][name])
         for name, ema in self.targets.items():
             ema.target.copy_(state["targets"][name])
+        for value in (self.value, self.value_target):
+            if value.unit is not None:
+                value.unit.copy_(state["value_unit"])
         stream = state["generator"].cpu()
         if stream.shape == self.generator.get_state().shape:
             self.generator.set_state(stream)

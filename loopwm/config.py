@@ -200,6 +200,7 @@ class PlannerConfig(Section):
     batch_size: Count = 128  # B, subsequences in one update of value and policy, count
     model_batch_size: Count = 64  # how many of them train the world model, count
     model_every: Count = 1  # updates of value and policy for one of the world model, count
+    value_loss: Annotated[str, OneOf(("huber", "two_hot"))] = "huber"  # what a value is: a number, or a distribution
     value_loops: Whole = 0  # the value also reads the slow model's state after so many loops, loops; 0: it does not
     policy_every: Count = 2  # updates of the value for one of the policy (TD3's delay), count
     update_ratio: Positive = 1.0  # gradient updates for one agent step, count
@@ -310,7 +311,7 @@ def _as_before(tree: object) -> object:
         return tree
     agent = tree["agent"]
     planned = {"eval_samples": agent["plan_samples"]} if "plan_samples" in agent else {}
-    return tree | {"agent": {"priority": 0.0} | planned | agent}
+    return tree | {"agent": {"priority": 0.0, "value_loss": "two_hot"} | planned | agent}
 
 
 def read_config(path: str | os.PathLike[str]) -> Config:

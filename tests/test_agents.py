@@ -12,7 +12,7 @@ from agents import make_agent
 from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
 from agents.mppi import PlanBudget, mppi
 from agents.optim import EMATarget, FlatAdam, flatten_parameters
-from agents.planner import PlannerAgent
+from agents.planner import LEAST_UNIT, REFRESH, PlannerAgent
 from loopwm.config import Config, ConfigError, DynamicsConfig, EncoderConfig, PlannerConfig, TaskConfig
 from loopwm.dynamics import DYNAMICS, GRADIENTS, SOLVERS, PatientHalting
 from loopwm.training.protocols import Agent
@@ -275,16 +275,59 @@ def test_discrete_policy():
     assert float(swapped[:, 0].mean()) == pytest.approx(1 - 0.3 * (A - 1) / A, abs=0.01)
 
 
-def test_value_ensemble_has_independent_members():
+@pytest.mark.parametrize(("loss", "bins"), [("huber", 1), ("two_hot", 63)])
+def test_value_ensemble_has_independent_members(loss, bins):
     torch.manual_seed(0)
-    value, pair = ValueEnsemble(8, 16, members=3), torch.randn(2, 7, 8)
-    assert value(pair).shape == (3, 2, 7, 63) and value.values(pair).shape == (3, 2, 7)
+    value, pair = ValueEnsemble(8, 16, members=3, loss=loss), torch.randn(2, 7, 8)
+    assert value(pair).shape == (3, 2, 7, bins) and value.values(pair).shape == (3, 2, 7)
     nn.init.normal_(value.members[1][-1].weight)
     values = value.values(pair)
     torch.testing.assert_close(value.first_value(pair), values[0], atol=1e-2, rtol=0)
-    # untrained members say zero, but for rounding over values as far as +-symexp(8)
+    # untrained members say zero, but for the rounding of two-hot means over values as far as +-symexp(10)
     torch.testing.assert_close(values[0], values[2], atol=1e-2, rtol=0)
     assert not torch.allclose(values[0], values[1])
+
+
+def test_a_new_unit_leaves_values_and_the_loss_in_units_of_it_by_hand():
+    torch.manual_seed(0)
+    value, pair = ValueEnsemble(8, 16), torch.randn(4, 8)
+    for member in value.members:
+        nn.init.normal_(member[-1].weight)
+        nn.init.normal_(member[-1].bias)
+    before = value.values(pair)
+    for unit in (0.25, 8.0):
+        value.rescale(unit)
+        torch.testing.assert_close(value.values(pair), before)
+        torch.testing.assert_close(value.first_value(pair), before[0])
+        target = before[0] + unit * torch.tensor([0.5, -0.5, 3.0, -3.0])
+        loss = value.code.loss(value(pair)[0], target)  # half the square within one unit, straight beyond
+        torch.testing.assert_close(loss, torch.tensor([0.125, 0.125, 2.5, 2.5]), rtol=1e-4, atol=1e-4)
+    distribution = ValueEnsemble(8, 16, loss="two_hot")
+    state = copy.deepcopy(distribution.state_dict())
+    distribution.rescale(3.0)
+    assert distribution.unit is None and same(distribution.state_dict(), state), "a distribution has no unit"
+
+
+def test_values_are_in_units_of_the_mean_reward_and_carry_the_change():
+    agent, replay = make(), filled_replay()
+    z, action = torch.randn(20, 6), torch.zeros(20, A)
+    before = agent.value_target.values(agent.pair(z, action))
+    agent.targets["value"].tau = agent.value_optimizer.learning_rate = 0.0
+    agent.update(replay)
+    assert float(agent.value.unit) == pytest.approx(np.abs(replay.reward[:60]).mean()) != 1.0
+    for value in (agent.value, agent.value_target):
+        torch.testing.assert_close(value.values(agent.pair(z, action)), before)
+    replay.reward *= 7.0
+    for _ in range(REFRESH - 1):
+        agent.update(replay)
+    unit = float(agent.value.unit)
+    agent.update(replay)
+    assert float(agent.value.unit) == float(agent.value_target.unit) == pytest.approx(7.0 * unit)
+    torch.testing.assert_close(agent.value.values(agent.pair(z, action)), before)
+    replay.reward[:] = 0.0
+    agent.updates = 0
+    agent.update(replay)
+    assert float(agent.value.unit) == pytest.approx(LEAST_UNIT), "nothing is divided by zero where no reward was seen"
 
 
 # ---- acting -------------------------------------------------------------------------------------------
@@ -420,7 +463,7 @@ def test_score_is_the_imagined_return():
             step = agent.slow_model.step(z, action, 2)
             expected, worth, z = expected + worth * step.reward, worth * 0.8 * step.continuation, step.z_next
         expected += worth * agent.value.values(agent.pair(z, agent.policy(z)[0])).mean(0)
-    torch.testing.assert_close(given, expected)
+    torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-4)  # rewards of hundreds, in float32
 
 
 def test_policy_sequences_follow_the_policy():
@@ -607,6 +650,7 @@ def test_update_moves_every_part(discrete):
 
 def test_targets_follow_by_tau():
     agent, replay = make(tau=0.3, model_tau=0.2), filled_replay()
+    agent.update(replay)  # the first one gives the values their unit
     before = weights(agent)
     agent.update(replay)
     after = weights(agent)
@@ -660,11 +704,12 @@ def test_policy_climbs_a_known_value(monkeypatch):
     torch.testing.assert_close(agent.policy(z)[0].detach(), torch.full((20, A), 0.5), atol=0.1, rtol=0)
 
 
-def test_value_learns_its_target():
-    agent = make(learning_rate=0.01)
+@pytest.mark.parametrize("loss", ["huber", "two_hot"])
+def test_value_learns_its_target(loss):
+    agent = make(learning_rate=0.01, value_loss=loss)
     z, action = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(20, A)
     target = torch.linspace(-30, 30, 20)
-    for _ in range(1500):  # a stray 0.01 % of the outermost bin, 22,025, is worth 2.2: the tails fade last
+    for _ in range(1500):  # of two-hot, a stray 0.01 % of the outermost bin, 22,025, is worth 2.2: tails fade last
         agent._update_value(agent.pair(z, action), target, torch.ones_like(target))
     learnt = agent.value.values(agent.pair(z, action)).detach()
     torch.testing.assert_close(learnt, target.expand(2, -1), atol=3.0, rtol=0.15)
@@ -819,8 +864,11 @@ def test_impossible_configs_are_refused_by_the_config(case):
         make(**case)
 
 
-def test_transitions_are_prioritised_by_how_far_their_values_were_off():
-    agent, replay, seen = make(priority=0.5), filled_replay(), {}
+@pytest.mark.parametrize("loss", ["huber", "two_hot"])
+def test_transitions_are_prioritised_by_how_far_their_values_were_off(loss):
+    agent, replay, seen = make(priority=0.5, value_loss=loss), filled_replay(), {}
+    for member in agent.value.members:
+        member[-1].weight.data.mul_(0.05)  # so that some errors are small, others not
     before = replay.priorities.weight.copy()
     update_value, sample = agent._update_value, replay.sample
 
@@ -833,7 +881,12 @@ def test_transitions_are_prioritised_by_how_far_their_values_were_off():
     replay.sample = lambda *args: seen.setdefault("batch", sample(*args))
     agent.update(replay)
     start, after = seen["batch"].start, replay.priorities.weight
-    last = dict(zip(start.tolist(), (seen["error"] + 1e-3).sqrt().tolist(), strict=True))  # of equal rows the last
+    if loss == "huber":  # alike within a unit, by their size beyond
+        error = (seen["error"] / agent.value.unit).clamp_min(1.0)
+        assert 0 < (error == 1.0).sum() < len(error)
+    else:
+        error = seen["error"] + 1e-3
+    last = dict(zip(start.tolist(), error.sqrt().tolist(), strict=True))  # of equal rows the last
     np.testing.assert_allclose([after[row] for row in last], list(last.values()), rtol=1e-4)
     rest = np.setdiff1d(np.arange(len(before)), start)
     np.testing.assert_array_equal(after[rest], before[rest])
@@ -863,6 +916,6 @@ def test_padding_of_a_batch_trains_nothing():
     ends = []
     for one in (batch, spoilt):
         agent = make(n_step=3, horizon=3, priority=0.0)
-        agent.update(SimpleNamespace(sample=lambda *_, one=one: one))
+        agent.update(SimpleNamespace(sample=lambda *_, one=one: one, mean_reward_size=lambda: 1.0))
         ends.append(weights(agent))
     assert changed(*ends) == set()

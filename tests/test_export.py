@@ -46,12 +46,14 @@ def test_an_exported_agent_acts_as_its_run_does(run_dir, file):
 
 
 @pytest.mark.parametrize("discrete", [False, True])
-def test_every_kind_of_agent_comes_back(discrete, tmp_path):
-    cfg = load_config(["task=dmc/x-y"])
+@pytest.mark.parametrize("loss", ["huber", "two_hot"])
+def test_every_kind_of_agent_comes_back(discrete, loss, tmp_path):
+    cfg = load_config(["task=dmc/x-y", f"agent.value_loss={loss}"])
     agent = make_agent(cfg, 24, 6, discrete)
     for part in (agent.slow_model, agent.policy, agent.value):  # a fresh one would be like it without being restored
         for parameter in part.parameters():
             parameter.data.add_(torch.randn_like(parameter))
+    agent.value.rescale(0.25)
     path = save_exported(tmp_path / "deep" / "x.safetensors", agent, cfg, 7)
     assert path.stat().st_size < 1e6, "the default agent is meant to be small enough to ship"
     again, _, frames = load_agent(path)

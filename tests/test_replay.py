@@ -155,6 +155,14 @@ def test_priorities_come_back_with_the_state_and_draw_the_same():
         np.testing.assert_array_equal(a, b)
 
 
+def test_the_mean_size_of_a_reward_is_of_the_rows_held():
+    replay = Replay(8, 2, 1, 1)
+    rewards = np.array([[-3.0, 1.0], [0.0, 2.0], [5.0, -1.0], [1.0, 1.0], [2.0, 2.0]], np.float32)
+    for row, reward in enumerate(rewards):  # a ring of four rows
+        replay.add(np.zeros((2, 1)), np.zeros((2, 1)), reward, np.zeros(2, bool), np.zeros(2, bool))
+        assert replay.mean_reward_size() == pytest.approx(np.abs(rewards[max(0, row - 3) : row + 1]).mean())
+
+
 def test_a_state_without_priorities_makes_all_alike():
     replay, copy = filled(30, capacity=4 * 64), filled(9, capacity=4 * 64)
     for one in (replay, copy):

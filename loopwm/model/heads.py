@@ -1,4 +1,4 @@
-"""What is read off the loop state: reward, continuation. And the two-hot code that makes regression scale-free."""
+"""What is read off the loop state: reward, continuation. And two codes of a scalar that make regression scale-free."""
 
 from __future__ import annotations
 
@@ -43,6 +43,29 @@ class TwoHot(nn.Module):
         log_p = torch.log_softmax(logits, -1)
         lower, upper = log_p.gather(-1, index), log_p.gather(-1, index + 1)
         return -(lower + weight * (upper - lower)).squeeze(-1)
+
+
+class ScaledHuber(nn.Module):
+    """A scalar as one number in units of ``scale``, and the Huber loss with its bend at one unit.
+
+    The loss of the values of MR.Q (2501.16142, section 4), whose unit is the mean size of a reward. Steps and gradients
+    are alike at every height, where the bins of a two-hot code lie ever further apart.
+    """
+
+    bins = 1
+    scale: Tensor  # (), > 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+
+    def decode(self, out: Tensor) -> Tensor:
+        """out (..., 1) -> scalar (...,)."""
+        return out.squeeze(-1) * self.scale
+
+    def loss(self, out: Tensor, target: Tensor) -> Tensor:
+        """Huber loss (...,) of out (..., 1) for the scalar target (...,)."""
+        return nn.functional.smooth_l1_loss(out.squeeze(-1), target / self.scale, reduction="none")
 
 
 class RewardHead(nn.Module):

@@ -125,6 +125,10 @@ class Replay:
         """From now on new transitions get the largest priority that is held (as TD7 does, 2306.02451)."""
         self.new_priority = float(self.priorities.weight.max()) or 1.0
 
+    def mean_reward_size(self) -> float:
+        """Mean of |reward| over the rows held, in the environment's units; rows that no transition leaves have none."""
+        return float(np.abs(self.reward[: len(self)]).mean())
+
     def sample(
         self, batch_size: int, length: int, rng: np.random.Generator | None = None, *, uniform: bool = False
     ) -> Batch:
