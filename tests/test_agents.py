@@ -21,7 +21,7 @@ from loopwm.training.replay import Batch, Replay
 OBS, A, N = 5, 3, 4
 KINDS = pytest.mark.parametrize("discrete", [False, True], ids=["continuous", "discrete"])
 SMALL = {
-    "policy_dim": 16, "value_dim": 16, "head_dim": 16, "batch_size": 12, "model_batch_size": 6, "horizon": 2,
+    "policy_dim": 16, "value_dim": 16, "value_loops": 0, "head_dim": 16, "batch_size": 12, "model_batch_size": 6, "horizon": 2,
     "seed_steps": 10, "update_ratio": 0.5, "plan_samples": 40, "plan_horizon": 3, "plan_loops": 2,
     "plan_iterations": 2, "plan_collect": False, "model_every": 1, "policy_every": 1, "discount": 0.5,
     "n_step": 3,
