@@ -22,6 +22,7 @@ from agents.optim import EMATarget, FlatAdam
 from loopwm.config import PlannerConfig
 from loopwm.model.losses import weighted_sum, world_model_losses
 from loopwm.model.world_model import WorldModel
+from loopwm.training.replay import Batch
 
 PRIORITY_FLOOR = 1e-3  # so that a transition which is known today may be drawn again; of values without a unit
 REFRESH = 250  # updates between looks at the replay for the largest priority and the mean size of a reward
@@ -222,8 +223,8 @@ class PlannerAgent:
         """One gradient step of the world model, the value and the policy, on one batch."""
         c = self.config
         length = max(c.horizon, c.n_step + c.imagined_steps)
-        batch = replay.sample(c.batch_size, length)
-        obs, action, reward, terminated, mask = (torch.as_tensor(x, device=self.device) for x in batch[:5])
+        drawn = replay.sample(c.batch_size, length)
+        batch = Batch(*(torch.as_tensor(x, device=self.device) for x in drawn[:5]), drawn.start)
         metrics: dict[str, Tensor] = {}
         if self.updates % REFRESH == 0 and self.value.unit is not None:
             unit = max(replay.mean_reward_size(), LEAST_UNIT)
@@ -231,52 +232,38 @@ class PlannerAgent:
             self.value_target.rescale(unit)
         if self.updates % c.model_every == 0:
             b, h = c.model_batch_size, c.horizon
-            metrics |= self._update_model(
-                obs[: h + 1, :b], action[:h, :b], reward[:h, :b], terminated[:h, :b], mask[:h, :b]
-            )
+            metrics |= self._update_model(batch.obs[: h + 1, :b], *(x[:h, :b] for x in batch[1:5]))
             self.targets["model"].update()
         looks = c.value_loops or c.imagined_steps  # whether the rest asks the slow model, whose weights stay from here
         with self.slow_model.frozen() if looks else nullcontext():
-            metrics |= self._update_value_and_policy(replay, batch.start, obs, action, reward, terminated, mask)
+            metrics |= self._update_value_and_policy(replay, batch)
         self.updates += 1
         return metrics
 
-    def _update_value_and_policy(
-        self,
-        replay: Any,
-        start: np.ndarray,
-        obs: Tensor,
-        action: Tensor,
-        reward: Tensor,
-        terminated: Tensor,
-        mask: Tensor,
-    ) -> dict[str, Tensor]:
-        """obs (L + 1, B, O), action (L, B, A), the rest (L, B), of the sequences ``start`` (B,)."""
+    def _update_value_and_policy(self, replay: Any, batch: Batch) -> dict[str, Tensor]:
         c, n = self.config, self.config.n_step
         with torch.no_grad():
-            z = self.encode(obs[0])  # (B, Z)
-            z_end = self.encode(obs[n])  # (B, Z); the last row of shorter sequences, by padding
-            target = self._value_target(z_end, reward[:n], terminated[:n], mask[:n])  # (B,)
-            rows = [z, action[0], target, torch.ones_like(target)]
+            z = self.encode(batch.obs[0])  # (B, Z)
+            z_end = self.encode(batch.obs[n])  # (B, Z); the last row of shorter sequences, by padding
+            target = self._value_target(z_end, batch.reward[:n], batch.terminated[:n], batch.mask[:n])  # (B,)
+            rows = [z, batch.action[0], target, torch.ones_like(target)]
             if c.imagined_steps:
-                imagined = self._imagined_rows(z, obs, action, reward, terminated, mask)
+                imagined = self._imagined_rows(z, batch)
                 rows = [torch.cat(both) for both in zip(rows, imagined, strict=True)]
             z, taken, target, weight = rows
             pair = self.pair(z, taken)
         metrics, out = self._update_value(pair, target, weight)
         if c.priority:
-            real = slice(len(start))
+            real = slice(len(batch.start))
             error = (self.value.code.decode(out[:, real]) - target[real]).abs().amax(0)  # (B,), the larger of two
-            self._prioritise(replay, start, error)
+            self._prioritise(replay, batch.start, error)
         if self.updates % c.policy_every == 0:
             metrics |= self._update_policy(z)
         self.targets["value"].update()
         self.targets["policy"].update()
         return metrics
 
-    def _imagined_rows(
-        self, z: Tensor, obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, mask: Tensor
-    ) -> list[Tensor]:
+    def _imagined_rows(self, z: Tensor, batch: Batch) -> list[Tensor]:
         """[z_t (M, Z), action_t (M, A), target_t (M,), weight (M,)] of the first M = ``model_batch_size`` sequences.
 
         z_t is imagined from z (B, Z) along the actions that were taken, row by row at t = 1 .. ``imagined_steps`` in
@@ -284,6 +271,7 @@ class PlannerAgent:
         in imagined latents, whose value it reads (TD-MPC2, 2310.16828, trains value and policy on such alone).
         """
         c, n = self.config, self.config.n_step
+        obs, action, reward, terminated, mask = batch[:5]
         row = torch.arange(c.model_batch_size, device=self.device)
         t = 1 + row % c.imagined_steps  # (M,)
         rollout = self.slow_model.rollout(z[row], action[: c.imagined_steps, row], self._plan_depth())

@@ -21,7 +21,8 @@ from loopwm.training.replay import Batch, Replay
 OBS, A, N = 5, 3, 4
 KINDS = pytest.mark.parametrize("discrete", [False, True], ids=["continuous", "discrete"])
 SMALL = {
-    "policy_dim": 16, "value_dim": 16, "value_loops": 0, "head_dim": 16, "batch_size": 12, "model_batch_size": 6, "horizon": 2,
+    "policy_dim": 16, "value_dim": 16, "value_loops": 0, "head_dim": 16, "batch_size": 12, "model_batch_size": 6,
+    "horizon": 2,
     "seed_steps": 10, "update_ratio": 0.5, "plan_samples": 40, "plan_horizon": 3, "plan_loops": 2,
     "plan_iterations": 2, "plan_collect": False, "model_every": 1, "policy_every": 1, "discount": 0.5,
     "n_step": 3,
@@ -545,11 +546,11 @@ def test_imagined_rows_are_the_real_steps_of_imagined_latents(monkeypatch):
     agent = make(imagined_steps=2, n_step=2, plan_loops=3, smooth_std=0.0, model_batch_size=6, batch_size=12)
     monkeypatch.setattr(agent.value_target, "values", lambda pair: pair.sum(-1).expand(2, -1))
     replay = filled_replay()
-    batch = replay.sample(12, 4)
-    obs, action, reward, terminated, mask = (torch.as_tensor(x) for x in batch[:5])
+    batch = Batch(*(torch.as_tensor(x) for x in replay.sample(12, 4)))
+    obs, action, reward, terminated, mask = batch[:5]
     with torch.no_grad():
         z = agent.encode(obs[0])
-        latents, actions, targets, weights = agent._imagined_rows(z, obs, action, reward, terminated, mask)
+        latents, actions, targets, weights = agent._imagined_rows(z, batch)
         assert latents.shape == (6, 6) and targets.shape == weights.shape == (6,)
         for row in range(6):
             t, state = 1 + row % 2, z[row : row + 1]

@@ -28,13 +28,13 @@ from loopwm.training.priorities import Priorities
 
 
 class Batch(NamedTuple):
-    """Sequences of L steps, time first, float32 unless said otherwise."""
+    """Sequences of L steps, time first, float32 unless said otherwise; of arrays, or of tensors but for ``start``."""
 
-    obs: np.ndarray  # (L + 1, B, O)
-    action: np.ndarray  # (L, B, A)
-    reward: np.ndarray  # (L, B)
-    terminated: np.ndarray  # (L, B)
-    mask: np.ndarray  # (L, B), 1 while the step belongs to the episode that the sequence began in
+    obs: np.ndarray | torch.Tensor  # (L + 1, B, O)
+    action: np.ndarray | torch.Tensor  # (L, B, A)
+    reward: np.ndarray | torch.Tensor  # (L, B)
+    terminated: np.ndarray | torch.Tensor  # (L, B)
+    mask: np.ndarray | torch.Tensor  # (L, B), 1 while the step belongs to the episode that the sequence began in
     start: np.ndarray  # (B,) int64, where each sequence begins: what ``Replay.prioritise`` takes
 
 
