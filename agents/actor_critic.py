@@ -65,7 +65,7 @@ class ValueEnsemble(nn.Module):
             2310.16828).
     """
 
-    def __init__(self, width: int, hidden_dim: int, members: int = 2, loss: str = "huber"):
+    def __init__(self, width: int, hidden_dim: int, members: int = 2, loss: str = "two_hot"):
         super().__init__()
         self.code = ScaledHuber() if loss == "huber" else TwoHot(63, -10.0, 10.0)
         self.members = nn.ModuleList(mlp(width, hidden_dim, 2, self.code.bins) for _ in range(members))

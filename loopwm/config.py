@@ -157,7 +157,7 @@ class DynamicsConfig(Section):
     block_layers: Count = 1  # layers in the shared block, count
     order: LayerOrder = "abab"  # loops apply the whole block in turn (abab), or each layer to its end (aabb)
     coda_layers: Count = 1  # layers from h to the step of z, count
-    mean_loops: Count = 2  # mean depth of one prediction while training, loops
+    mean_loops: Count = 4  # mean depth of one prediction while training, loops
     max_loops: Count = 8  # most loops in one prediction, drawn in training or adaptive, loops
     min_loops: Count = 1  # fewest loops before a sample may stop when acting, loops
     depth_sampler: DepthSampler = "poisson"  # how training draws the depth
@@ -197,11 +197,11 @@ class PlannerConfig(Section):
     value_dim: Count = 128  # width of a hidden layer of a value network, units
     head_dim: Count = 64  # width of the hidden layer of the reward head, units; the continuation head has half
     horizon: Count = 3  # H, how far the model is unrolled in training, agent steps
-    batch_size: Count = 256  # B, subsequences in one update of value and policy, count
+    batch_size: Count = 128  # B, subsequences in one update of value and policy, count
     model_batch_size: Count = 64  # how many of them train the world model, count
     model_every: Count = 1  # updates of value and policy for one of the world model, count
-    value_loss: Annotated[str, OneOf(("huber", "two_hot"))] = "huber"  # what a value is: a number, or a distribution
-    value_loops: Whole = 2  # the value also reads the slow model's state after so many loops, loops; 0: it does not
+    value_loss: Annotated[str, OneOf(("huber", "two_hot"))] = "two_hot"  # a value is a number, or a distribution
+    value_loops: Whole = 0  # the value also reads the slow model's state after so many loops, loops; 0: it does not
     policy_every: Count = 2  # updates of the value for one of the policy (TD3's delay), count
     update_ratio: Positive = 1.0  # gradient updates for one agent step, count
     learning_rate: Positive = 1e-3  # Adam's step size, no unit
@@ -231,7 +231,7 @@ class PlannerConfig(Section):
     plan_horizon: Count = 3  # how far a plan looks ahead, agent steps
     plan_std: Share = 1.0  # first spread of a plan around the policy, action units (discrete: share of uniform draws)
     plan_std_final: Share = 0.15  # its last spread, reached with explore_decay_steps, action units
-    plan_loops: Whole = 2  # loops in each prediction while planning; 0: adaptive
+    plan_loops: Whole = 4  # loops in each prediction while planning; 0: adaptive
     plan_policy_std: NonNegative = 0.2  # spread of the perturbed policy sequences of a plan, action units
     plan_collect: bool = True  # plan while collecting training data too, yes or no; no: the policy collects
 
@@ -311,7 +311,7 @@ def _as_before(tree: object) -> object:
         return tree
     agent = tree["agent"]
     planned = {"eval_samples": agent["plan_samples"]} if "plan_samples" in agent else {}
-    return tree | {"agent": {"priority": 0.0, "value_loss": "two_hot", "value_loops": 0} | planned | agent}
+    return tree | {"agent": {"priority": 0.0} | planned | agent}
 
 
 def read_config(path: str | os.PathLike[str]) -> Config:
