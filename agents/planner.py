@@ -241,6 +241,7 @@ class PlannerAgent:
         return metrics
 
     def _update_value_and_policy(self, replay: Any, batch: Batch) -> dict[str, Tensor]:
+        """One gradient step each on ``batch``, of tensors; the ``replay`` it came from gets its priorities."""
         c, n = self.config, self.config.n_step
         with torch.no_grad():
             z = self.encode(batch.obs[0])  # (B, Z)
