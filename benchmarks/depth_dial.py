@@ -10,8 +10,6 @@ value reads (``value_loops``) stays as it was trained.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import itertools
 import sys
 from argparse import ArgumentParser
@@ -23,7 +21,7 @@ import torch
 
 from agents import PlannerAgent, load_agent
 from benchmarks.ablations import paired
-from benchmarks.diagnose import Episodes, episode_returns, model_errors, play
+from benchmarks.diagnose import Episodes, episode_returns, model_errors, play, turned
 from benchmarks.harness import median_seconds, parser, report
 from envs import TaskError
 from loopwm.config import Config, ConfigError
@@ -51,13 +49,6 @@ def load_looped(run_dir: Path) -> tuple[PlannerAgent, Config, int]:
     if cfg.dynamics.name != "looped" or not min(cfg.agent.plan_samples, cfg.agent.eval_samples):
         raise ConfigError(f"{run_dir}: nothing to turn: its agent has no loops, or evaluates without plans")
     return agent, cfg, frames
-
-
-def turned(agent: PlannerAgent, **settings: int) -> PlannerAgent:
-    """The same networks with other settings of the agent."""
-    view = copy.copy(agent)
-    view.config = dataclasses.replace(agent.config, **settings)
-    return view
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ Each run plays episodes by its policy alone, and what it imagined on the way is 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
 import sys
@@ -45,6 +47,13 @@ class Episodes(NamedTuple):
     obs: Tensor  # (T, E, O)
     action: Tensor  # (T, E, A), as the replay keeps them
     reward: Tensor  # (T, E)
+
+
+def turned(agent: PlannerAgent, **settings: int) -> PlannerAgent:
+    """The same networks with other settings of the agent."""
+    view = copy.copy(agent)
+    view.config = dataclasses.replace(agent.config, **settings)
+    return view
 
 
 def play(agent: PlannerAgent, task: str, repeat: int, episodes: int, noisy: bool = False) -> Episodes:
@@ -156,7 +165,7 @@ def plan_errors(agent: PlannerAgent, data: Episodes, depth: int | None, states: 
 def diagnose(run_dir: Path, episodes: int) -> dict[str, Any]:
     """Everything about one run."""
     agent, cfg, frames = load_agent(run_dir)
-    policy = load_agent(run_dir, plan_samples=0)[0]
+    policy = turned(agent, plan_samples=0)
     envs = (cfg.task.id, cfg.task.action_repeat)
     data, depth = play(policy, *envs, episodes), cfg.agent.plan_loops or None
     found = {
