@@ -23,9 +23,9 @@ import numpy as np
 from scipy.stats import spearmanr
 from torch import nn
 
-from benchmarks.harness import interval, parser, report
+from benchmarks.harness import interval, report
 from benchmarks.lab import TEST, VALIDATION, Examples, Task, choose_rates, groups, load, predict_errors, train_all
-from benchmarks.tasks import TASKS, WITH_DIFFICULTY
+from benchmarks.tasks import TASKS, WITH_DIFFICULTY, lab_parser
 from loopwm.dynamics import HaltingRule, PatientHalting, PredictionHalting, RandomHalting, ResidualHalting
 
 FULL = 4  # the full depth over the trained mean
@@ -130,20 +130,15 @@ def draw(task: Task, rows: list[dict], full: int, path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    p = parser(__doc__.splitlines()[0])
-    p.add_argument("--task", choices=WITH_DIFFICULTY, default=WITH_DIFFICULTY[0])
-    p.add_argument("--seeds", type=int, default=5)
-    p.add_argument("--steps", type=int, help="optimiser steps of the loops (default: the task's)")
-    p.add_argument("--figure", type=Path, metavar="FILE")
-    args = p.parse_args(arguments)
+    args = lab_parser(__doc__.splitlines()[0], WITH_DIFFICULTY[0], WITH_DIFFICULTY).parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task
     seeds, each = (range(1), 50) if args.quick else (range(args.seeds), 400)
     recipe = task.models["looped"]
     if args.quick or args.steps:
         recipe = replace(recipe, steps=args.steps or 400)
     if not args.quick:
-        recipe = choose_rates(task, {"looped": recipe}, folder, args.jobs)["looped"]
-    train_all(task, [replace(recipe, seed=seed) for seed in seeds], folder, args.jobs)
+        recipe = choose_rates(task, {"looped": recipe}, folder, args.jobs, args.device)["looped"]
+    train_all(task, [replace(recipe, seed=seed) for seed in seeds], folder, args.jobs, args.device)
     full, rows, repeats = FULL * recipe.loops, [], 1 if args.quick else 5
     check, data = task.examples(each // 2, LONGEST, VALIDATION), task.examples(each, LONGEST, TEST)
     for seed in seeds:

@@ -17,9 +17,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.harness import interval, parser, report
+from benchmarks.harness import interval, report
 from benchmarks.lab import TEST, Recipe, Task, choose_rates, load, predict_errors, summary, train_all
-from benchmarks.tasks import TASKS
+from benchmarks.tasks import TASKS, lab_parser
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 16)  # depths over the trained mean
 LONGEST = 99  # no world of ours is as difficult
@@ -109,21 +109,16 @@ def verdict(task: Task, rows: list[dict]) -> tuple[dict, str]:
 
 
 def main(arguments: list[str]) -> None:
-    p = parser(__doc__.splitlines()[0])
-    p.add_argument("--task", choices=sorted(TASKS), default="sandpile")
-    p.add_argument("--seeds", type=int, default=5)
-    p.add_argument("--steps", type=int, help="optimiser steps of every model (default: the task's)")
-    p.add_argument("--figure", type=Path, metavar="FILE")
-    args = p.parse_args(arguments)
+    args = lab_parser(__doc__.splitlines()[0], "sandpile").parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task
     seeds, each = (range(1), 100) if args.quick else (range(args.seeds), 400)
     recipes = dict(task.models)
     if args.quick or args.steps:
         recipes = {name: replace(r, steps=args.steps or 400) for name, r in recipes.items()}
     if not args.quick:
-        recipes = choose_rates(task, recipes, folder, args.jobs)
+        recipes = choose_rates(task, recipes, folder, args.jobs, args.device)
     plan = [(name, replace(recipe, seed=seed)) for seed in seeds for name, recipe in recipes.items()]
-    train_all(task, [recipe for _, recipe in plan], folder, args.jobs)
+    train_all(task, [recipe for _, recipe in plan], folder, args.jobs, args.device)
     rows = [row for name, recipe in plan for row in evaluate(task, name, recipe, folder, each)]
     if args.figure:
         draw(task, rows, args.figure)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -64,6 +65,9 @@ class Examples(NamedTuple):
 
     def rows(self, index: slice | Tensor) -> Examples:
         return Examples(tuple(x[index] for x in self.inputs), self.target[index], self.difficulty[index])
+
+    def to(self, device: torch.device | str) -> Examples:
+        return Examples(tuple(x.to(device) for x in self.inputs), self.target.to(device), self.difficulty.to(device))
 
     def __len__(self) -> int:  # type: ignore[override]
         return len(self.difficulty)
@@ -149,7 +153,7 @@ class Task:
         lead, which teaches the loop to go on from its own states and to keep an answer it has (progressive training:
         Bansal et al. 2022, arXiv 2202.05826, section 3.2).
         """
-        depth, h0, weight = None, None, torch.ones(len(batch))
+        depth, h0, weight = None, None, torch.ones(len(batch), device=batch.target.device)
         if recipe.looped:
             quarter = recipe.loops // 4
             free, depth = 0, int(rng.integers(quarter, 5 * quarter + 1))
@@ -168,12 +172,13 @@ def predict_errors(
 ) -> tuple[Tensor, Tensor]:
     """(errors (n,), loops spent (n,)) of the predictions at ``depth``, or where the model's rule stops."""
     errors, loops = [], []
+    device = next(model.dynamics.parameters()).device
     with model.dynamics.frozen():
         for at in range(0, len(data), batch):
-            part = data.rows(slice(at, at + batch))
+            part = data.rows(slice(at, at + batch)).to(device)
             prediction, out = model(*part.inputs, depth=depth)
-            errors.append(task.errors(prediction, part.target))
-            loops.append(out.loops)
+            errors.append(task.errors(prediction, part.target).cpu())
+            loops.append(out.loops.cpu())
     return torch.cat(errors), torch.cat(loops)
 
 
@@ -202,25 +207,26 @@ def rows_at(task: Task, limits: np.ndarray, order: np.ndarray, progress: float, 
     return order[rng.integers(0, allowed, task.batch)]
 
 
-def train(task: Task, recipe: Recipe, folder: Path) -> Path:
-    """Train one recipe on one thread and keep weights and summary; a finished run is kept."""
+def train(task: Task, recipe: Recipe, folder: Path, device: str = "cpu") -> Path:
+    """Train one recipe, on a CPU on one thread, and keep weights and summary; a finished run is kept."""
     path = folder / f"{recipe.name}.pt"
     if path.exists():
         return path
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # convolutions of a GPU as exact as those of a CPU
     torch.manual_seed(recipe.seed)
     rng, data, check = np.random.default_rng(recipe.seed), task.training_set(), validation_set(task)
     order = np.argsort(data.difficulty.numpy(), kind="stable")
     limits = data.difficulty.numpy()[order]
-    model = task.model(recipe)
+    data, model = data.to(device), task.model(recipe).to(device)
     optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate)
     warm_up = 0.1 * recipe.steps
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, 0.5 * (1.0 + np.cos(np.pi * step / recipe.steps)))
     )
-    start, losses, curve = time.perf_counter(), [], []
+    start, losses, curve = time.perf_counter(), deque(maxlen=200), []
     for step in range(recipe.steps):
-        rows = torch.from_numpy(rows_at(task, limits, order, step / recipe.steps, rng))
+        rows = torch.from_numpy(rows_at(task, limits, order, step / recipe.steps, rng)).to(device)
         with model.dynamics.frozen():
             loss = task.loss(model, recipe, data.rows(rows), rng)
             optimizer.zero_grad()
@@ -228,19 +234,20 @@ def train(task: Task, recipe: Recipe, folder: Path) -> Path:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        losses.append(float(loss.detach()))
+        losses.append(loss.detach())
         if (step + 1) * CHECKS // recipe.steps > step * CHECKS // recipe.steps:
             curve.append((step + 1, round(validation_error(task, model, recipe, check), 5)))
     written = asdict(recipe) | {
         "seconds": round(time.perf_counter() - start, 1),
-        "loss": round(float(np.mean(losses[-200:])), 5),
+        "loss": round(float(torch.stack(tuple(losses)).mean()), 5),
         "parameters": sum(p.numel() for p in model.parameters()),
         "curve": curve,
         "trained_at": commit(),
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu",
     }
     folder.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(written) + "\n", encoding="utf-8")
-    torch.save(model.state_dict(), path.with_suffix(".tmp"))
+    torch.save(model.cpu().state_dict(), path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
     print(f"{task.name} {recipe.name:48s} {written['seconds']:7.0f} s  loss {written['loss']:.4f}", flush=True)
     return path
@@ -274,23 +281,25 @@ def learning_curve(recipe: Recipe, folder: Path) -> list[tuple[int, float]]:
     return [tuple(at) for at in json.loads((folder / f"{recipe.name}.json").read_text(encoding="utf-8"))["curve"]]
 
 
-def train_all(task: Task, recipes: list[Recipe], folder: Path, jobs: int) -> None:
+def train_all(task: Task, recipes: list[Recipe], folder: Path, jobs: int, device: str = "cpu") -> None:
     """Train what is not there yet, ``jobs`` at a time, one thread each."""
     missing = [recipe for recipe in dict.fromkeys(recipes) if not (folder / f"{recipe.name}.pt").exists()]
     if not missing:
         return
     task.training_set()  # made and kept on disk once, where that takes long
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        for done in [pool.submit(train, task, recipe, folder) for recipe in missing]:
+        for done in [pool.submit(train, task, recipe, folder, device) for recipe in missing]:
             done.result()
 
 
-def choose_rates(task: Task, recipes: dict[str, Recipe], folder: Path, jobs: int) -> dict[str, Recipe]:
+def choose_rates(
+    task: Task, recipes: dict[str, Recipe], folder: Path, jobs: int, device: str = "cpu"
+) -> dict[str, Recipe]:
     """Each recipe with the learning rate that is best on validation data after a quarter of its steps, seed 0."""
     tries = {
         name: [replace(r, steps=r.steps // 4, learning_rate=rate) for rate in RATES] for name, r in recipes.items()
     }
-    train_all(task, [recipe for row in tries.values() for recipe in row], folder, jobs)
+    train_all(task, [recipe for row in tries.values() for recipe in row], folder, jobs, device)
     data, chosen = validation_set(task), {}
     for name, row in tries.items():
         errors = [validation_error(task, load(task, r, folder), r, data) for r in row]

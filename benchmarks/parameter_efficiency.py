@@ -20,9 +20,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.harness import interval, parser, report
+from benchmarks.harness import interval, report
 from benchmarks.lab import FLOOR, TEST, Recipe, Task, choose_rates, load, predict_errors, summary, train_all
-from benchmarks.tasks import TASKS
+from benchmarks.tasks import TASKS, lab_parser
 
 COLORS = ("#1b6ca8", "#66a5d9", "#edae49", "#66a182", "#d1495b", "#7b6d8d")
 
@@ -115,26 +115,21 @@ def verdict(task: Task, rows: list[dict]) -> tuple[dict, str]:
 
 
 def main(arguments: list[str]) -> None:
-    p = parser(__doc__.splitlines()[0])
-    p.add_argument("--task", choices=sorted(TASKS), default="sandpile")
-    p.add_argument("--seeds", type=int, default=5)
-    p.add_argument("--steps", type=int, help="optimiser steps of every model (default: the task's)")
-    p.add_argument("--figure", type=Path, metavar="FILE")
-    args = p.parse_args(arguments)
+    args = lab_parser(__doc__.splitlines()[0], "sandpile").parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task
     seeds, each = (range(1), 100) if args.quick else (range(args.seeds), 1000)
     bases = {name: task.models[name] for name in task.ladder}
     if args.quick or args.steps:
         bases = {name: replace(r, steps=args.steps or 200) for name, r in bases.items()}
     if not args.quick:
-        bases = choose_rates(task, bases, folder, args.jobs)
+        bases = choose_rates(task, bases, folder, args.jobs, args.device)
     plan = [
         (name, replace(bases[name], hidden=hidden, loops=loops, seed=seed))
         for seed in seeds
         for name, sizes in task.ladder.items()
         for hidden, loops in sizes
     ]
-    train_all(task, [recipe for _, recipe in plan], folder, args.jobs)
+    train_all(task, [recipe for _, recipe in plan], folder, args.jobs, args.device)
     rows = [evaluate(task, name, recipe, folder, each) for name, recipe in plan]
     if args.figure:
         draw(task, rows, args.figure)

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import interval, parser, report
+from benchmarks.harness import interval, report
 from benchmarks.lab import FLOOR, Recipe, Task, choose_rates, learning_curve, summary, train_all
-from benchmarks.tasks import TASKS
+from benchmarks.tasks import TASKS, lab_parser
 
 CONTROL = "stacked"
 
@@ -126,18 +126,15 @@ def verdict(rows: list[dict]) -> tuple[dict, str]:
 
 
 def main(arguments: list[str]) -> None:
-    p = parser(__doc__.splitlines()[0])
-    p.add_argument("--task", choices=sorted(TASKS), default="permutation")
-    p.add_argument("--seeds", type=int, default=5)
-    p.add_argument("--steps", type=int, help="optimiser steps of every model (default: the task's)")
-    p.add_argument("--figure", type=Path, metavar="FILE")
-    args = p.parse_args(arguments)
+    args = lab_parser(__doc__.splitlines()[0], "permutation").parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task
     seeds = range(1) if args.quick else range(args.seeds)
     plan = variants(task, args.steps or (240 if args.quick else task.models["looped"].steps))
     if not args.quick:
-        plan = choose_rates(task, plan, folder, args.jobs)
-    train_all(task, [replace(recipe, seed=seed) for seed in seeds for recipe in plan.values()], folder, args.jobs)
+        plan = choose_rates(task, plan, folder, args.jobs, args.device)
+    train_all(
+        task, [replace(recipe, seed=seed) for seed in seeds for recipe in plan.values()], folder, args.jobs, args.device
+    )
     flops = {name: flops_of_update(task, recipe) for name, recipe in plan.items()}
     rows = [row for seed in seeds for row in evaluate(task, plan, seed, folder, flops)]
     if args.figure:
