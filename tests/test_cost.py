@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cost, loop_cost
+from benchmarks import cost, loop_cost, update_cost
 from benchmarks.loop_cost import (
     MEAN,
     MOST,
@@ -146,3 +146,22 @@ def test_the_command(tmp_path, monkeypatch):
     assert given["benchmark"] == "cost" and figure.stat().st_size > 10_000
     assert [row["use"] for row in given["rows"]] == ["act", "train"]
     assert "of a prediction with one" in given["verdict"]
+
+
+def test_what_updates_and_actions_take(monkeypatch):
+    tiny = "encoder.latent_dim=8 agent.batch_size=8 agent.model_batch_size=4 agent.plan_samples=16"
+    rows = []
+    monkeypatch.setattr(update_cost, "report", lambda name, args, seeds, found, *_: rows.extend(found))
+    variants = [tiny, f"{tiny} agent.model_every=4", f"{tiny} agent.plan_collect=false"]
+    update_cost.main(["--quick", "--variant", *variants])
+    every, quarter, policy = rows
+    assert every["parameters"] == quarter["parameters"] > 0 and every["device"] == "one CPU thread"
+    assert quarter["update_ms"] < every["update_ms"]  # three of four updates are without the model's
+    assert policy["action_ms"] < every["action_ms"]  # no plan
+    assert every["frames_per_second"] == pytest.approx(2e3 / (every["update_ms"] + every["action_ms"]), rel=0.01)
+
+
+def test_an_unknown_setting_ends_in_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        update_cost.main(["--variant", "agent.batchsize=3"])
+    assert ended.value.code == 2 and "did you mean" in capsys.readouterr().err.splitlines()[-1]

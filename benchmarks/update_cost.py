@@ -1,0 +1,122 @@
+"""Milliseconds of one update and of one planned action, by device and setting; on a GPU also how busy it is.
+
+python -m benchmarks.update_cost --device cpu cuda
+python -m benchmarks.update_cost --variant "" "size=large" "agent.value_dim=224"
+
+Random transitions of walker-run's sizes stand for an environment, so only what the agent itself takes is counted:
+frames/s are those of one update and one action for every two frames, an upper bound on what ``train.py`` shows.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from agents import make_agent, resolve_device
+from benchmarks.harness import median_seconds, parser, report
+from loopwm.config import ConfigError, load_config
+from loopwm.training.protocols import Agent
+from loopwm.training.replay import Replay
+
+OBS, ACTION, EPISODE, REPEAT = 24, 6, 500, 2  # of dmc/walker-run
+VARIANTS = (
+    "",
+    "agent=fast",
+    "size=small",
+    "size=large",
+    "dynamics=single_pass",
+    "dynamics=stacked",
+    "agent.batch_size=1024 agent.model_batch_size=512",
+)
+
+
+def prepared(words: list[str], device: torch.device, rows: int = 3000) -> tuple[Agent, Replay]:
+    """An agent past its seed phase, and a replay of random transitions."""
+    cfg, rng = load_config(["task=dmc/walker-run", *words]), np.random.default_rng(0)
+    replay = Replay(rows, 1, OBS, ACTION, seed=0)
+    for row in range(rows):
+        obs, action = rng.normal(size=(1, OBS)).astype(np.float32), rng.uniform(-1.0, 1.0, (1, ACTION))
+        last = np.array([row % EPISODE == EPISODE - 1])
+        replay.add(obs, action.astype(np.float32), rng.uniform(size=1), np.zeros(1, bool), last)
+    agent = make_agent(cfg, OBS, ACTION, False, device)
+    agent.acted = cfg.agent.seed_steps + cfg.agent.explore_decay_steps
+    return agent, replay
+
+
+def kernels(call: Callable[[], object], repeats: int = 5) -> tuple[float, float]:
+    """(kernels, milliseconds in which one runs) of one call on a GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    events = [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return len(events) / repeats, sum(event.device_time for event in events) / repeats / 1e3
+
+
+def measure(variant: str, device: torch.device, repeats: int) -> dict:
+    """One row: medians on one CPU thread beside the device."""
+    agent, replay = prepared(variant.split(), device)
+    obs, first = np.random.default_rng(1).normal(size=(1, OBS)).astype(np.float32), np.zeros(1, bool)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    c = agent.config
+    cycle = math.lcm(c.model_every, c.policy_every)  # updates until every part has been updated
+
+    def update() -> None:
+        for _ in range(cycle):
+            agent.update(replay)
+        wait()
+
+    def act() -> None:  # its result is on the CPU
+        agent.act(obs, explore=True, first=first)
+
+    update_ms = 1e3 * float(np.median(median_seconds(update, repeats // cycle))) / cycle
+    action_ms = 1e3 * float(np.median(median_seconds(act, repeats)))
+    seconds = (c.update_ratio * update_ms + action_ms) / 1e3
+    row = {
+        "variant": variant or "default",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "one CPU thread",
+        "parameters": agent.parameter_counts["total"],
+        "update_ms": round(update_ms, 2),
+        "action_ms": round(action_ms, 2),
+        "frames_per_second": round(REPEAT / seconds, 1),
+    }
+    if device.type == "cuda":
+        count, busy = kernels(update)
+        row |= {"kernels_per_update": round(count / cycle), "busy_ms": round(busy / cycle, 2)}
+    return row
+
+
+def main(arguments: list[str]) -> None:
+    p = parser(__doc__.splitlines()[0])
+    p.add_argument("--device", nargs="+", default=["cpu"], help="cpu, cuda, or both")
+    p.add_argument("--variant", nargs="+", default=list(VARIANTS), metavar='"KEY=VALUE ..."', help="settings; '': none")
+    args = p.parse_args(arguments)
+    torch.set_num_threads(1)
+    rows = []
+    try:
+        for variant in args.variant:
+            for name in args.device:
+                rows.append(measure(variant, resolve_device(name), 20 if args.quick else 200))
+                print(rows[-1], flush=True)
+    except ConfigError as error:
+        p.error(str(error))
+    headline = {
+        f"{row['variant']}, {row['device']}: frames/s": dict.fromkeys(
+            ("value", "low", "high"), row["frames_per_second"]
+        )
+        for row in rows
+    }
+    best = max(rows, key=lambda row: row["frames_per_second"])
+    verdict = f"Fastest: {best['variant']} on {best['device']}, {best['frames_per_second']} frames/s at most."
+    report("update_cost", args, [0], rows, headline, verdict)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
