@@ -271,7 +271,7 @@ class Config(Section):
     log_every: Count = 1000  # distance between log lines, env frames
     checkpoint_every: Count = 5000  # distance between checkpoints, env frames
     video_every: Whole = 0  # distance between evaluation videos, env frames; 0: one at the end only
-    device: Device = "auto"  # auto, cpu, cuda or cuda:N; auto: cuda where there is one
+    device: Device = "cpu"  # cpu, cuda, cuda:N, or auto: cuda where there is one; a CPU is faster for sizes up to base
     threads: Threads = 0  # torch's threads inside one operation, count; 0: leave torch's own choice
 
     def check(self) -> None:
