@@ -8,6 +8,7 @@ three. Trained models are kept, so that the benchmarks that ask different things
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -237,9 +238,10 @@ def train(task: Task, recipe: Recipe, folder: Path, device: str = "cpu") -> Path
         losses.append(loss.detach())
         if (step + 1) * CHECKS // recipe.steps > step * CHECKS // recipe.steps:
             curve.append((step + 1, round(validation_error(task, model, recipe, check), 5)))
+    last = float(torch.stack(tuple(losses)).mean())
     written = asdict(recipe) | {
         "seconds": round(time.perf_counter() - start, 1),
-        "loss": round(float(torch.stack(tuple(losses)).mean()), 5),
+        "loss": round(last, 5) if math.isfinite(last) else None,  # None: training diverged
         "parameters": sum(p.numel() for p in model.parameters()),
         "curve": curve,
         "trained_at": commit(),
@@ -249,7 +251,7 @@ def train(task: Task, recipe: Recipe, folder: Path, device: str = "cpu") -> Path
     path.with_suffix(".json").write_text(json.dumps(written) + "\n", encoding="utf-8")
     torch.save(model.cpu().state_dict(), path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
-    print(f"{task.name} {recipe.name:48s} {written['seconds']:7.0f} s  loss {written['loss']:.4f}", flush=True)
+    print(f"{task.name} {recipe.name:48s} {written['seconds']:7.0f} s  loss {last:.4f}", flush=True)
     return path
 
 

@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic: data, scores and verdicts, on cases whose answer is known."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -146,6 +147,13 @@ class SmallTimeWarp(TimeWarp):
 
 class SmallControl(Control):
     collected = {lab.TRAINING: 120, lab.VALIDATION: 40, lab.TEST: 120}
+
+
+def test_a_training_that_diverged_is_written_down_in_plain_json(tmp_path):
+    recipe = Recipe("looped", steps=24, hidden=4, loops=4, learning_rate=1e30)
+    written = lab.train(SmallSandpile(), recipe, tmp_path).with_suffix(".json").read_text(encoding="utf-8")
+    found = json.loads(written, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert found["loss"] is None and found["curve"][-1][1] == 1.0  # no answer is right
 
 
 def test_timewarp_trains_on_short_holds_and_shows_the_model_what_happened(tmp_path):
