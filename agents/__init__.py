@@ -25,7 +25,7 @@ AGENTS = {"planner": PlannerAgent}
 def make_world_model(cfg: Config, obs_dim: int, action_dim: int) -> WorldModel:
     """The world model that a config describes."""
     e, d = cfg.encoder, cfg.dynamics
-    encoder = ENCODERS[e.name](obs_dim, e.latent_dim, e.hidden_dim, e.layers)
+    encoder = ENCODERS[e.name](obs_dim, e.latent_dim, e.hidden_dim, e.layers, cfg.agent.activation)
     dynamics = DYNAMICS[d.name](
         e.latent_dim,
         action_dim,
@@ -49,7 +49,7 @@ def make_world_model(cfg: Config, obs_dim: int, action_dim: int) -> WorldModel:
         gradient=d.gradient,
         latent_norm=encoder.norm,
     )
-    return WorldModel(encoder, dynamics, cfg.agent.head_dim)
+    return WorldModel(encoder, dynamics, cfg.agent.head_dim, activation=cfg.agent.activation)
 
 
 def make_agent(cfg: Config, obs_dim: int, action_dim: int, discrete: bool, device: torch.device | str = "cpu") -> Agent:
@@ -62,9 +62,9 @@ def make_agent(cfg: Config, obs_dim: int, action_dim: int, discrete: bool, devic
     torch.manual_seed(cfg.seed)
     z, c = cfg.encoder.latent_dim, cfg.agent
     world_model = make_world_model(cfg, obs_dim, action_dim).to(device)
-    policy = (DiscretePolicy if discrete else ContinuousPolicy)(z, action_dim, c.policy_dim).to(device)
+    policy = (DiscretePolicy if discrete else ContinuousPolicy)(z, action_dim, c.policy_dim, c.activation).to(device)
     width = z + action_dim + (world_model.dynamics.state_dim if c.value_loops else 0)
-    value = ValueEnsemble(width, c.value_dim, loss=c.value_loss).to(device)
+    value = ValueEnsemble(width, c.value_dim, loss=c.value_loss, activation=c.activation).to(device)
     return AGENTS[c.name](world_model, policy, value, obs_dim, action_dim, c, seed=cfg.seed, device=device)
 
 

@@ -14,9 +14,9 @@ class ContinuousPolicy(nn.Module):
 
     discrete = False
 
-    def __init__(self, latent_dim: int, action_dim: int, hidden_dim: int):
+    def __init__(self, latent_dim: int, action_dim: int, hidden_dim: int, activation: str = "relu"):
         super().__init__()
-        self.layers = mlp(latent_dim, hidden_dim, 2, action_dim)
+        self.layers = mlp(latent_dim, hidden_dim, 2, action_dim, activation)
         with torch.no_grad():
             self.layers[-1].weight.mul_(0.1)
 
@@ -36,9 +36,11 @@ class DiscretePolicy(nn.Module):
 
     discrete = True
 
-    def __init__(self, latent_dim: int, action_dim: int, hidden_dim: int, temperature: float = 1.0):
+    def __init__(
+        self, latent_dim: int, action_dim: int, hidden_dim: int, activation: str = "relu", temperature: float = 1.0
+    ):
         super().__init__()
-        self.layers = mlp(latent_dim, hidden_dim, 2, action_dim)
+        self.layers = mlp(latent_dim, hidden_dim, 2, action_dim, activation)
         self.temperature = temperature
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,10 +67,10 @@ class ValueEnsemble(nn.Module):
             2310.16828).
     """
 
-    def __init__(self, width: int, hidden_dim: int, members: int = 2, loss: str = "two_hot"):
+    def __init__(self, width: int, hidden_dim: int, members: int = 2, loss: str = "two_hot", activation: str = "relu"):
         super().__init__()
         self.code = ScaledHuber() if loss == "huber" else TwoHot(63, -10.0, 10.0)
-        self.members = nn.ModuleList(mlp(width, hidden_dim, 2, self.code.bins) for _ in range(members))
+        self.members = nn.ModuleList(mlp(width, hidden_dim, 2, self.code.bins, activation) for _ in range(members))
         for member in self.members:
             nn.init.zeros_(member[-1].weight)
             nn.init.zeros_(member[-1].bias)

@@ -196,6 +196,7 @@ class PlannerConfig(Section):
     policy_dim: Count = 128  # width of a hidden layer of the policy, units
     value_dim: Count = 128  # width of a hidden layer of a value network, units
     head_dim: Count = 64  # width of the hidden layer of the reward head, units; the continuation head has half
+    activation: Annotated[str, OneOf(("relu", "silu"))] = "relu"  # of encoder, heads, policy and values
     horizon: Count = 3  # H, how far the model is unrolled in training, agent steps
     batch_size: Count = 128  # B, subsequences in one update of value and policy, count
     model_batch_size: Count = 64  # how many of them train the world model, count

@@ -787,6 +787,19 @@ def test_state_of_another_agent_is_refused():
 
 
 @KINDS
+def test_the_activation_reaches_every_network(discrete):
+    networks = ("world_model", "slow_model", "value", "value_target", "policy", "policy_target")
+    for name, kind, other in (("relu", nn.ReLU, nn.SiLU), ("silu", nn.SiLU, nn.ReLU)):
+        agent = make(discrete, activation=name)
+        for network in networks:
+            kinds = [type(module) for module in getattr(agent, network).modules()]
+            assert kind in kinds and other not in kinds, network
+    before = weights(agent)
+    agent.update(filled_replay(discrete))
+    assert {"model", "value", "policy"} <= changed(before, weights(agent))
+
+
+@KINDS
 def test_two_agents_of_one_seed_are_equal_and_of_two_are_not(discrete):
     runs = []
     for seed in (1, 1, 2):

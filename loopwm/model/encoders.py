@@ -28,11 +28,14 @@ def symlog(x: Tensor) -> Tensor:
     return torch.sign(x) * torch.log1p(torch.abs(x))
 
 
-def mlp(width_in: int, hidden: int, layers: int, width_out: int) -> nn.Sequential:
-    """``layers`` blocks of Linear, LayerNorm, ReLU, then a Linear to ``width_out``."""
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
+
+
+def mlp(width_in: int, hidden: int, layers: int, width_out: int, activation: str = "relu") -> nn.Sequential:
+    """``layers`` blocks of Linear, LayerNorm and an activation of ``ACTIVATIONS``, then a Linear to ``width_out``."""
     modules: list[nn.Module] = []
     for i in range(layers):
-        modules += [nn.Linear(width_in if i == 0 else hidden, hidden), nn.LayerNorm(hidden), nn.ReLU()]
+        modules += [nn.Linear(width_in if i == 0 else hidden, hidden), nn.LayerNorm(hidden), ACTIVATIONS[activation]()]
     modules.append(nn.Linear(hidden if layers else width_in, width_out))
     return nn.Sequential(*modules)
 
@@ -40,9 +43,9 @@ def mlp(width_in: int, hidden: int, layers: int, width_out: int) -> nn.Sequentia
 class MLPEncoder(nn.Module):
     """State observations (..., O) -> z (..., Z): symlog, MLP, latent norm."""
 
-    def __init__(self, obs_dim: int, latent_dim: int, hidden_dim: int, layers: int = 2):
+    def __init__(self, obs_dim: int, latent_dim: int, hidden_dim: int, layers: int = 2, activation: str = "relu"):
         super().__init__()
-        self.layers = mlp(obs_dim, hidden_dim, layers - 1, latent_dim)
+        self.layers = mlp(obs_dim, hidden_dim, layers - 1, latent_dim, activation)
         self.norm = LatentNorm(latent_dim)
 
     def forward(self, obs: Tensor) -> Tensor:

@@ -71,9 +71,9 @@ class ScaledHuber(nn.Module):
 class RewardHead(nn.Module):
     """Loop state h (..., D) -> two-hot reward logits (..., bins)."""
 
-    def __init__(self, state_dim: int, hidden_dim: int, bins: int = 63, limit: float = 6.0):
+    def __init__(self, state_dim: int, hidden_dim: int, bins: int = 63, limit: float = 6.0, activation: str = "relu"):
         super().__init__()
-        self.layers = nn.Sequential(nn.LayerNorm(state_dim), mlp(state_dim, hidden_dim, 1, bins))
+        self.layers = nn.Sequential(nn.LayerNorm(state_dim), mlp(state_dim, hidden_dim, 1, bins, activation))
         self.code = TwoHot(bins, -limit, limit)
         nn.init.zeros_(self.layers[-1][-1].weight)
         nn.init.zeros_(self.layers[-1][-1].bias)
@@ -85,9 +85,9 @@ class RewardHead(nn.Module):
 class ContinuationHead(nn.Module):
     """Loop state h (..., D) -> logit (...,) that the episode does not terminate with this step."""
 
-    def __init__(self, state_dim: int, hidden_dim: int):
+    def __init__(self, state_dim: int, hidden_dim: int, activation: str = "relu"):
         super().__init__()
-        self.layers = nn.Sequential(nn.LayerNorm(state_dim), mlp(state_dim, hidden_dim, 1, 1))
+        self.layers = nn.Sequential(nn.LayerNorm(state_dim), mlp(state_dim, hidden_dim, 1, 1, activation))
         nn.init.constant_(self.layers[-1][-1].bias, 4.0)  # terminations are rare: start from p = 0.98
 
     def forward(self, h: Tensor) -> Tensor:

@@ -53,13 +53,21 @@ class WorldModel(nn.Module):
     Args:
         encoder: obs (..., O) -> z (..., Z). dynamics: see ``loopwm.dynamics``. head_dim: hidden width of the heads.
         decoder: z (..., Z) -> obs (..., O), see ``DECODERS``; None: nothing is decoded.
+        activation: of the heads, a name in ``ACTIVATIONS``.
     """
 
-    def __init__(self, encoder: nn.Module, dynamics: nn.Module, head_dim: int, decoder: nn.Module | None = None):
+    def __init__(
+        self,
+        encoder: nn.Module,
+        dynamics: nn.Module,
+        head_dim: int,
+        decoder: nn.Module | None = None,
+        activation: str = "relu",
+    ):
         super().__init__()
         self.encoder, self.dynamics = encoder, dynamics
-        self.reward = RewardHead(dynamics.state_dim, head_dim)
-        self.continuation = ContinuationHead(dynamics.state_dim, head_dim // 2)
+        self.reward = RewardHead(dynamics.state_dim, head_dim, activation=activation)
+        self.continuation = ContinuationHead(dynamics.state_dim, head_dim // 2, activation)
         self.decoder = decoder
         for rule in dynamics.modules():
             if isinstance(rule, PredictionHalting) and rule.readout is None:
