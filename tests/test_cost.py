@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from agents import PlannerAgent
 from benchmarks import cost, loop_cost, update_cost
 from benchmarks.loop_cost import (
     MEAN,
@@ -150,15 +151,30 @@ def test_the_command(tmp_path, monkeypatch):
 
 def test_what_updates_and_actions_take(monkeypatch):
     tiny = "encoder.latent_dim=8 agent.batch_size=8 agent.model_batch_size=4 agent.plan_samples=16"
+    done = {"update": 0, "act": 0}
+
+    def counted(name, method):
+        def call(*args, **kw):
+            done[name] += 1
+            return method(*args, **kw)
+
+        return call
+
+    def seconds(call, repeats):  # an update takes 4 s and an action 1 s on this clock
+        before = dict(done)
+        call()
+        return [4.0 * (done["update"] - before["update"]) + (done["act"] - before["act"])] * repeats
+
+    for name in done:
+        monkeypatch.setattr(PlannerAgent, name, counted(name, getattr(PlannerAgent, name)))
+    monkeypatch.setattr(update_cost, "median_seconds", seconds)
     rows = []
     monkeypatch.setattr(update_cost, "report", lambda name, args, seeds, found, *_: rows.extend(found))
-    variants = [tiny, f"{tiny} agent.model_every=4", f"{tiny} agent.plan_collect=false"]
-    update_cost.main(["--quick", "--variant", *variants])
-    every, quarter, policy = rows
-    assert every["parameters"] == quarter["parameters"] > 0 and every["device"] == "one CPU thread"
-    assert quarter["update_ms"] < every["update_ms"]  # three of four updates are without the model's
-    assert policy["action_ms"] < every["action_ms"]  # no plan
-    assert every["frames_per_second"] == pytest.approx(2e3 / (every["update_ms"] + every["action_ms"]), rel=0.01)
+    update_cost.main(["--quick", "--variant", tiny, f"{tiny} agent.model_every=4 agent.update_ratio=0.5"])
+    assert done == {"update": 2 + 4, "act": 2}  # whole cycles: the policy's every second, the model's every fourth
+    assert [(row["update_ms"], row["action_ms"]) for row in rows] == [(4000.0, 1000.0)] * 2
+    assert [row["frames_per_second"] for row in rows] == [0.4, 0.7]  # 2 frames in 5 s and in 3 s, rounded
+    assert rows[0]["parameters"] > 0 and rows[0]["device"] == "one CPU thread"
 
 
 def test_an_unknown_setting_ends_in_one_line(capsys):
