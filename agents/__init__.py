@@ -72,7 +72,7 @@ def resolve_device(name: str) -> torch.device:
     """``auto`` is cuda where there is one, else cpu.
 
     Raises:
-        ConfigError: a cuda device was named that is not there.
+        ConfigError: the name of no kind of device, or a cuda device that is not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,7 +81,10 @@ def resolve_device(name: str) -> torch.device:
     if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
         last = torch.cuda.device_count() - 1
         raise ConfigError(f"device={name!r}: torch sees no such device here; the last is cuda:{last}")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(str(error).splitlines()[0]) from None
 
 
 def load_agent(

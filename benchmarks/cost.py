@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks import loop_cost
-from benchmarks.harness import curve, median_seconds, parser, report, train
+from benchmarks.harness import curve, device_name, device_option, median_seconds, parser, report, train
 
 CORE = 0
 # The kernel's own high-water mark of this process; getrusage's is inherited from the parent through exec.
@@ -110,7 +110,7 @@ def main(arguments: list[str]) -> None:
     p.add_argument("--of", nargs="+", default=["loop", "agent"], choices=("loop", "agent"), help="what is measured")
     p.add_argument("--seeds", type=int, default=5, help="of the agent")
     p.add_argument("--dynamics", nargs="+", default=["looped", "single_pass", "stacked", "wide"], help="of the agent")
-    p.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="of the loop: cpu or cuda")
+    p.add_argument("--device", type=device_option, default="cpu", help="of the loop: cpu or cuda")
     p.add_argument("--figure", type=Path, metavar="FILE", help="of the loop")
     args = p.parse_args(arguments)
     torch.set_num_threads(1)
@@ -128,11 +128,6 @@ def main(arguments: list[str]) -> None:
         more_rows, more_headline, verdict = agent_cost(args, seeds)
         rows, headline, verdicts = rows + more_rows, headline | more_headline, [*verdicts, verdict]
     report("cost", args, seeds, rows, headline, " ".join(verdicts))
-
-
-def device_name(device: torch.device) -> str:
-    """What the loop was measured on."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "one CPU thread"
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from queue import Queue
 from typing import Any
 
 import numpy as np
+import torch
 
-from loopwm.config import load_config, read_config
+from agents import resolve_device
+from loopwm.config import ConfigError, load_config, read_config
 from loopwm.training.run_dir import changed_settings, commit, versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +34,19 @@ def parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmarks", help="where training runs are kept")
     p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="training runs side by side, a core each")
     return p
+
+
+def device_option(name: str) -> torch.device:
+    """The type of an option ``--device``: auto, cpu, cuda or cuda:N."""
+    try:
+        return resolve_device(name)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def device_name(device: torch.device) -> str:
+    """What was measured on."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "one CPU thread"
 
 
 def interval(values: Sequence[float], samples: int = 10_000) -> dict[str, float]:

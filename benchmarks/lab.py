@@ -208,7 +208,7 @@ def rows_at(task: Task, limits: np.ndarray, order: np.ndarray, progress: float, 
     return order[rng.integers(0, allowed, task.batch)]
 
 
-def train(task: Task, recipe: Recipe, folder: Path, device: str = "cpu") -> Path:
+def train(task: Task, recipe: Recipe, folder: Path, device: torch.device | str = "cpu") -> Path:
     """Train one recipe, on a CPU on one thread, and keep weights and summary; a finished run is kept."""
     path = folder / f"{recipe.name}.pt"
     if path.exists():
@@ -283,7 +283,7 @@ def learning_curve(recipe: Recipe, folder: Path) -> list[tuple[int, float]]:
     return [tuple(at) for at in json.loads((folder / f"{recipe.name}.json").read_text(encoding="utf-8"))["curve"]]
 
 
-def train_all(task: Task, recipes: list[Recipe], folder: Path, jobs: int, device: str = "cpu") -> None:
+def train_all(task: Task, recipes: list[Recipe], folder: Path, jobs: int, device: torch.device | str = "cpu") -> None:
     """Train what is not there yet, ``jobs`` at a time, one thread each."""
     missing = [recipe for recipe in dict.fromkeys(recipes) if not (folder / f"{recipe.name}.pt").exists()]
     if not missing:
@@ -295,7 +295,7 @@ def train_all(task: Task, recipes: list[Recipe], folder: Path, jobs: int, device
 
 
 def choose_rates(
-    task: Task, recipes: dict[str, Recipe], folder: Path, jobs: int, device: str = "cpu"
+    task: Task, recipes: dict[str, Recipe], folder: Path, jobs: int, device: torch.device | str = "cpu"
 ) -> dict[str, Recipe]:
     """Each recipe with the learning rate that is best on validation data after a quarter of its steps, seed 0."""
     tries = {

@@ -6,12 +6,10 @@ import argparse
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from agents import resolve_device
 from benchmarks.grid_tasks import Permutation, Sandpile
-from benchmarks.harness import parser
+from benchmarks.harness import device_option, parser
 from benchmarks.lab import Task
 from benchmarks.vector_tasks import Control, TimeWarp
-from loopwm.config import ConfigError
 
 TASKS: dict[str, Callable[[Path], Task]] = {
     "sandpile": lambda runs: Sandpile(),
@@ -32,12 +30,7 @@ def lab_parser(description: str, task: str, names: Collection[str] = TASKS) -> a
     p.add_argument("--seeds", type=int, default=5)
     p.add_argument("--steps", type=int, help="optimiser steps of every model (default: the task's)")
     p.add_argument("--figure", type=Path, metavar="FILE")
-    p.add_argument("--device", type=_device, default="cpu", help="cpu or cuda: where models train, --jobs at once")
+    p.add_argument(
+        "--device", type=device_option, default="cpu", help="cpu or cuda: where models train, --jobs at once"
+    )
     return p
-
-
-def _device(name: str) -> str:
-    try:
-        return str(resolve_device(name))
-    except (ConfigError, RuntimeError) as error:
-        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None

@@ -9,6 +9,7 @@ frames/s are those of one update and one action for every two frames, an upper b
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from agents import make_agent, resolve_device
-from benchmarks.harness import median_seconds, parser, report
-from loopwm.config import ConfigError, load_config
+from agents import make_agent
+from benchmarks.cost import spread
+from benchmarks.harness import device_name, device_option, median_seconds, parser, report
+from loopwm.config import Config, ConfigError, load_config
 from loopwm.training.protocols import Agent
 from loopwm.training.replay import Replay
 
@@ -34,9 +36,9 @@ VARIANTS = (
 )
 
 
-def prepared(words: list[str], device: torch.device, rows: int = 3000) -> tuple[Agent, Replay]:
+def prepared(cfg: Config, device: torch.device, rows: int = 3000) -> tuple[Agent, Replay]:
     """An agent past its seed phase, and a replay of random transitions."""
-    cfg, rng = load_config(["task=dmc/walker-run", *words]), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     replay = Replay(rows, 1, OBS, ACTION, seed=0)
     for row in range(rows):
         obs, action = rng.normal(size=(1, OBS)).astype(np.float32), rng.uniform(-1.0, 1.0, (1, ACTION))
@@ -59,12 +61,11 @@ def kernels(call: Callable[[], object], repeats: int = 5) -> tuple[float, float]
     return len(events) / repeats, sum(event.device_time for event in events) / repeats / 1e3
 
 
-def measure(variant: str, device: torch.device, repeats: int) -> dict:
+def measure(variant: str, cfg: Config, device: torch.device, repeats: int) -> dict:
     """One row: medians on one CPU thread beside the device."""
-    agent, replay = prepared(variant.split(), device)
+    agent, replay = prepared(cfg, device)
     obs, first = np.random.default_rng(1).normal(size=(1, OBS)).astype(np.float32), np.zeros(1, bool)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
     c = agent.config
     cycle = math.lcm(c.model_every, c.policy_every)  # updates until every part has been updated
 
@@ -81,7 +82,7 @@ def measure(variant: str, device: torch.device, repeats: int) -> dict:
     seconds = (c.update_ratio * update_ms + action_ms) / 1e3
     row = {
         "variant": variant or "default",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "one CPU thread",
+        "device": device_name(device),
         "parameters": agent.parameter_counts["total"],
         "update_ms": round(update_ms, 2),
         "action_ms": round(action_ms, 2),
@@ -95,24 +96,19 @@ def measure(variant: str, device: torch.device, repeats: int) -> dict:
 
 def main(arguments: list[str]) -> None:
     p = parser(__doc__.splitlines()[0])
-    p.add_argument("--device", nargs="+", default=["cpu"], help="cpu, cuda, or both")
+    p.add_argument("--device", nargs="+", type=device_option, default=[torch.device("cpu")], help="cpu, cuda, or both")
     p.add_argument("--variant", nargs="+", default=list(VARIANTS), metavar='"KEY=VALUE ..."', help="settings; '': none")
     args = p.parse_args(arguments)
-    torch.set_num_threads(1)
-    rows = []
-    try:
-        for variant in args.variant:
-            for name in args.device:
-                rows.append(measure(variant, resolve_device(name), 20 if args.quick else 200))
-                print(rows[-1], flush=True)
+    try:  # all of them, before minutes are spent on the first
+        configs = {variant: load_config(["task=dmc/walker-run", *variant.split()]) for variant in args.variant}
     except ConfigError as error:
         p.error(str(error))
-    headline = {
-        f"{row['variant']}, {row['device']}: frames/s": dict.fromkeys(
-            ("value", "low", "high"), row["frames_per_second"]
-        )
-        for row in rows
-    }
+    torch.set_num_threads(1)
+    rows = []
+    for variant, device in itertools.product(args.variant, args.device):
+        rows.append(measure(variant, configs[variant], device, 20 if args.quick else 200))
+        print(rows[-1], flush=True)
+    headline = {f"{row['variant']}, {row['device']}: frames/s": spread([row["frames_per_second"]]) for row in rows}
     best = max(rows, key=lambda row: row["frames_per_second"])
     verdict = f"Fastest: {best['variant']} on {best['device']}, {best['frames_per_second']} frames/s at most."
     report("update_cost", args, [0], rows, headline, verdict)

@@ -177,7 +177,16 @@ def test_what_updates_and_actions_take(monkeypatch):
     assert rows[0]["parameters"] > 0 and rows[0]["device"] == "one CPU thread"
 
 
-def test_an_unknown_setting_ends_in_one_line(capsys):
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--variant", "agent.batchsize=3"], "did you mean"),
+        (["--variant", "", "agent.batchsize=3"], "did you mean"),
+        (["--device", "gpu"], "argument --device"),
+    ],
+)
+def test_a_wrong_option_ends_in_one_line_before_anything_is_measured(words, said, capsys, monkeypatch):
+    monkeypatch.setattr(update_cost, "measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit) as ended:
-        update_cost.main(["--variant", "agent.batchsize=3"])
-    assert ended.value.code == 2 and "did you mean" in capsys.readouterr().err.splitlines()[-1]
+        update_cost.main(words)
+    assert ended.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
