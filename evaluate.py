@@ -30,7 +30,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", type=Path, help="what train.py wrote, or a file of agents.export")
     parser.add_argument("--episodes", type=count, default=10)
-    parser.add_argument("--loops", type=count, help="loops in each prediction while planning (default: the run's)")
+    parser.add_argument("--loops", type=whole, help="in each prediction of a plan; 0: adaptive (default: the run's)")
     parser.add_argument("--samples", type=whole, help="action sequences in a plan; 0: the policy alone acts")
     parser.add_argument("--seed", type=whole, default=2**34, help="of the episodes")
     parser.add_argument("--video", type=Path, metavar="FILE.mp4", help="film the first episode")
@@ -44,6 +44,8 @@ def main(arguments: list[str]) -> int:
     args = parse(arguments)
     try:
         agent, cfg, frames = load_agent(args.run_dir, plan_loops=args.loops, plan_samples=args.samples)
+        if args.loops is not None and cfg.dynamics.name != "looped":
+            raise ConfigError(f"--loops: dynamics={cfg.dynamics.name} has no loop whose depth could be chosen")
         make = functools.partial(make_vector_env, cfg.task.id, action_repeat=cfg.task.action_repeat)
         result = rollout(agent, make(min(args.episodes, 10)), args.episodes, seed=args.seed)
     except USER_ERRORS as error:
@@ -51,6 +53,7 @@ def main(arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
+    looping = cfg.dynamics.name == "looped" and cfg.agent.plan_samples > 0
     summary = {
         "run_dir": str(args.run_dir),
         "task": cfg.task.id,
@@ -60,7 +63,7 @@ def main(arguments: list[str]) -> int:
         "eval_return_std": float(result.returns.std()),
         "eval_returns": result.returns.tolist(),
         "eval_length_mean": float(result.lengths.mean()),
-        "loops": args.loops or cfg.agent.plan_loops or "adaptive",
+        "loops": cfg.agent.plan_loops or "adaptive" if looping else None,
     }
     line = f"{summary['task']}  return {summary['eval_return_mean']:.2f} +- {summary['eval_return_std']:.2f}"
     print(json.dumps(summary) if args.json else f"{line}  ({args.episodes} episodes, {frames:,} frames trained)")

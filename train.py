@@ -6,7 +6,6 @@ in loopwm/config.py.
 """
 
 import functools
-import shlex
 import sys
 from pathlib import Path
 
@@ -15,11 +14,12 @@ import torch
 import envs
 from agents import make_agent, resolve_device
 from loopwm.config import Config, ConfigError, load_config, save_config
+from loopwm.help import usage
 from loopwm.training.checkpoint import CheckpointError
 from loopwm.training.interrupt import INTERRUPTED
 from loopwm.training.random_state import seed_random
 from loopwm.training.replay import Replay
-from loopwm.training.run_dir import describe, open_run
+from loopwm.training.run_dir import describe, last_words, open_run
 from loopwm.training.trainer import Schedule, Trainer
 
 # OSError: a disk that is full or read-only, a file that cannot be opened; its text names it.
@@ -52,6 +52,9 @@ def build(cfg: Config, run_dir: Path) -> Trainer:
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 trained to the end, 2 something to correct, 130 interrupted (resume=true goes on)."""
+    if {"-h", "--help"} & set(arguments):
+        print(usage())
+        return 0
     try:
         cfg = load_config(arguments)
         torch.set_num_threads(cfg.threads or torch.get_num_threads())
@@ -66,14 +69,8 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("train.py: stopped at once; resume=true goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
-    if result["eval_return_mean"] is not None:
-        print(f"evaluation   {result['eval_return_mean']:.2f} +- {result['eval_return_std']:.2f}")
-    print(f"run          {run_dir}\ncurves       tensorboard --logdir {run_dir.parent}")
-    if not result["finished"]:
-        again = shlex.join([*arguments, f"run_dir={run_dir}", "resume=true"])
-        print(f"interrupted at {result['frames']:,} frames; to go on: python train.py {again}")
-        return INTERRUPTED
-    return 0
+    print(last_words(result, run_dir, arguments))
+    return 0 if result["finished"] else INTERRUPTED
 
 
 if __name__ == "__main__":

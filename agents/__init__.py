@@ -9,6 +9,7 @@ from operator import methodcaller
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
 from agents.planner import PlannerAgent
@@ -23,10 +24,19 @@ AGENTS = {"planner": PlannerAgent}
 
 
 def make_world_model(cfg: Config, obs_dim: int, action_dim: int) -> WorldModel:
-    """The world model that a config describes."""
-    e, d = cfg.encoder, cfg.dynamics
+    """The world model that a config describes. Raises ConfigError: no model has such sizes."""
+    e = cfg.encoder
     encoder = ENCODERS[e.name](obs_dim, e.latent_dim, e.hidden_dim, e.layers, cfg.agent.activation)
-    dynamics = DYNAMICS[d.name](
+    try:
+        dynamics = _make_dynamics(cfg, action_dim, encoder.norm)
+    except ValueError as error:
+        raise ConfigError(f"dynamics={cfg.dynamics.name}: {error}") from None
+    return WorldModel(encoder, dynamics, cfg.agent.head_dim, activation=cfg.agent.activation)
+
+
+def _make_dynamics(cfg: Config, action_dim: int, latent_norm: nn.Module) -> nn.Module:
+    e, d = cfg.encoder, cfg.dynamics
+    return DYNAMICS[d.name](
         e.latent_dim,
         action_dim,
         d.hidden_dim,
@@ -47,9 +57,8 @@ def make_world_model(cfg: Config, obs_dim: int, action_dim: int) -> WorldModel:
         patience=d.patience,
         solver=d.solver,
         gradient=d.gradient,
-        latent_norm=encoder.norm,
+        latent_norm=latent_norm,
     )
-    return WorldModel(encoder, dynamics, cfg.agent.head_dim, activation=cfg.agent.activation)
 
 
 def make_agent(cfg: Config, obs_dim: int, action_dim: int, discrete: bool, device: torch.device | str = "cpu") -> Agent:

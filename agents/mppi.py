@@ -13,14 +13,14 @@ from torch import Tensor
 class PlanBudget:
     """How much an action may cost. ``samples`` 0: the policy alone acts."""
 
-    samples: int = 64  # action sequences scored an iteration
-    iterations: int = 2  # refinements of the sampling distribution
-    horizon: int = 3  # imagined agent steps
-    policy_samples: int = 16  # of the samples, how many follow the policy
-    elites: int = 12  # best sequences that the distribution is refitted to
+    samples: int  # action sequences scored an iteration
+    iterations: int  # refinements of the sampling distribution
+    horizon: int  # imagined agent steps
+    policy_samples: int  # of the samples, how many follow the policy
+    elites: int  # best sequences that the distribution is refitted to
+    max_std: float = 0.6  # first spread and the most of any, action units (discrete: share of uniform draws)
     temperature: float = 0.5  # weight exp((score - best) / temperature), scores standardised over the elites
     min_std: float = 0.05  # floor of the sampling spread, action units
-    max_std: float = 0.6  # first spread, action units (discrete: share of uniform draws)
 
 
 Score = Callable[[Tensor, Tensor], Tensor]  # z (R, Z), actions (H, R, A) -> return (R,)

@@ -1,7 +1,8 @@
 """The planner agent: a policy prior and a value ensemble on looped latents, and MPPI through the world model to act.
 
 After TD-MPC2 (2310.16828) and MR.Q (2501.16142): the world model is trained by multi-step latent consistency, reward
-and continuation; value and policy are trained off it, on real latents, by n-step double Q-learning (TD3 style).
+and continuation; value and policy are trained off it, on real latents (with ``imagined_steps`` on imagined ones too),
+by n-step double Q-learning (TD3 style).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from agents.exploration import CorrelatedNoise
 from agents.mppi import PlanBudget, draw, mppi
 from agents.optim import EMATarget, FlatAdam
 from loopwm.config import PlannerConfig
-from loopwm.model.losses import weighted_sum, world_model_losses
+from loopwm.model.losses import masked_mean, weighted_sum, world_model_losses
 from loopwm.model.world_model import WorldModel
 from loopwm.training.replay import Batch
 
@@ -259,7 +260,7 @@ class PlannerAgent:
             error = (self.value.code.decode(out[:, real]) - target[real]).abs().amax(0)  # (B,), the larger of two
             self._prioritise(replay, batch.start, error)
         if self.updates % c.policy_every == 0:
-            metrics |= self._update_policy(z)
+            metrics |= self._update_policy(z, weight)
         self.targets["value"].update()
         self.targets["policy"].update()
         return metrics
@@ -351,13 +352,14 @@ class PlannerAgent:
             "train/value_target": target.mean(),
         }, out.detach()
 
-    def _update_policy(self, z: Tensor) -> dict[str, Tensor]:
-        """Follow dQ1/da (TD3, 1802.09477); a small penalty keeps the policy off its saturation."""
+    def _update_policy(self, z: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """Follow dQ1/da (TD3, 1802.09477) at z (B, Z), weight (B,); a small penalty keeps the policy off saturation."""
         action, raw = self.policy(z)
         self.value.requires_grad_(False)
         value = self.value.first_value(self.pair(z, action))  # (B,)
-        scale = value.detach().abs().mean().clamp_min(1e-3)
-        loss = -value.mean() / scale + self.config.policy_penalty * raw.square().mean()
+        scale = masked_mean(value.detach().abs(), weight).clamp_min(1e-3)
+        penalty = self.config.policy_penalty * raw.square().mean(-1)  # (B,)
+        loss = masked_mean(penalty - value / scale, weight)
         self.policy_optimizer.zero_grad()
         loss.backward()
         self.value.requires_grad_(True)
@@ -374,10 +376,14 @@ class PlannerAgent:
         action = torch.as_tensor(batch.action[0], device=self.device)
         dynamics = self.slow_model.dynamics
         adaptive, trained = dynamics(z, action), dynamics(z, action, dynamics.mean_loops)
+        planned = dynamics(z, action, self._plan_depth()).loops.double()  # (B,)
         found = {
-            "loop/mean": float(adaptive.loops.double().mean()),
-            "loop/max": float(adaptive.loops.max()),
-            "loop/residual_at_exit": float(adaptive.residual.mean()),
+            "loop/mean": float(
+                planned.mean()
+            ),  # of a plan's predictions; adaptive: where each chooses, as with plan_loops=0
+            "loop/adaptive_mean": float(adaptive.loops.double().mean()),
+            "loop/adaptive_max": float(adaptive.loops.max()),
+            "loop/adaptive_residual": float(adaptive.residual.mean()),
             "loop/residual_at_mean_loops": float(trained.residual.mean()),
             "loop/contraction_bound": dynamics.lipschitz_bound(),
             "loop/contraction_measured": dynamics.measured_contraction(z, action),

@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.ablations import CHANGES, own_changes
 from benchmarks.harness import curve, interval, parser, report, train_all
-from loopwm.config import Config, ConfigError, flatten, load_config
+from loopwm.config import Config, ConfigError, flatten, load_config, save_config
 from loopwm.training.checkpoint import CheckpointError
 from loopwm.training.run_dir import read_run
 
@@ -34,12 +34,13 @@ def as_words(cfg: Config) -> list[str]:
     return [f"task={cfg.task.id}", *(f"{key}={value}" for key, value in flatten(cfg).items() if key not in told)]
 
 
-def branch(run: Path, folder: Path) -> None:
-    """Copy what ``run`` goes on from, where there is no copy yet."""
+def branch(run: Path, folder: Path, cfg: Config) -> None:
+    """Copy what ``run`` goes on from, where there is no copy yet, as a run of the settings ``cfg``."""
     if not folder.exists():
         draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         shutil.copytree(run / "checkpoints", draft / "checkpoints")
         shutil.copy(run / "metrics.jsonl", draft)
+        save_config(cfg, draft / "config.yaml")
         draft.rename(folder)
 
 
@@ -80,8 +81,8 @@ def main(arguments: list[str]) -> None:
                 jobs[run, name] = folder / f"{run.resolve().name}__{name}_{frames}", overrides
     except (CheckpointError, ConfigError) as error:
         p.error(str(error))
-    for (run, _), (copy, _) in jobs.items():
-        branch(run, copy)
+    for (run, _), (copy, overrides) in jobs.items():
+        branch(run, copy, load_config(overrides))
     train_all(dict(jobs.values()), args.jobs)
 
     rows, headline = [], {}

@@ -36,7 +36,9 @@ def load(name: str, task: str, render: bool) -> gymnasium.Env:
             raise
         raise TaskError(f"task '{task}' needs a package: {_first_line(error)}") from error
     except gymnasium.error.UnregisteredEnv as error:
-        hint = suggestion(task, (f"gym/{other}" for other in gymnasium.registry)) or _first_line(error)
+        near = suggestion(task, (f"gym/{other}" for other in gymnasium.registry))
+        package = isinstance(error, gymnasium.error.NamespaceNotFound)  # one that is missing, or mistyped
+        hint = " ".join(part for part in (near, "" if near and not package else _first_line(error)) if part)
         raise TaskError(f"unknown task '{task}'; {hint}") from error
     except gymnasium.error.Error as error:
         raise TaskError(f"task '{task}': {_first_line(error)}") from error

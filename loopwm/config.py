@@ -90,8 +90,8 @@ DepthSampler = Annotated[str, OneOf(("fixed", "poisson", "lognormal_poisson", "u
 LoopMode = Annotated[str, OneOf(("certified", "linear", "soft"))]
 LayerOrder = Annotated[str, OneOf(("abab", "aabb"))]
 Injection = Annotated[str, OneOf(("zoh", "euler", "additive"))]
-# not `gate`: the agents train none
-Halting = Annotated[str, OneOf(("residual", "fixed", "random", "second_difference", "certified", "prediction"))]
+# not `gate`, which the agents train none of, nor `random`, a control with a random stream that no run would save
+Halting = Annotated[str, OneOf(("residual", "fixed", "second_difference", "certified", "prediction"))]
 Solver = Annotated[str, OneOf(("plain", "anderson"))]
 Gradient = Annotated[str, OneOf(("unrolled", "implicit"))]
 Device = Annotated[str, Matches(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")]
@@ -150,7 +150,7 @@ class DynamicsConfig(Section):
     """(z, action) -> next z: the loop, or one of its controls with the same fields."""
 
     SECTION: ClassVar[str] = "dynamics"
-    name: DynamicsName = "looped"  # the loop, or a control to compare it with
+    name: DynamicsName = "looped"  # the loop, or a control to compare it with, whose choice sets mode=linear too
     hidden_dim: Count = 64  # D, width of the loop state h, units
     block_dim: Count = 128  # inner width of the block, units
     prelude_layers: Count = 1  # layers from (z, action) to the injected input, count
@@ -164,8 +164,8 @@ class DynamicsConfig(Section):
     mode: LoopMode = "certified"  # certified: the loop contracts; linear: as published; soft: linear with a penalty
     gamma: Fraction = 0.95  # share of the contraction margin the certified block may use, in (0, 1)
     injection: Injection = "zoh"  # how the prelude enters each loop
-    halting: Halting = "residual"  # rule by which a sample stops looping where no depth is asked for
-    halt_tolerance: Positive = 0.01  # the rule's one number; residual: |h'-h|/|h| at which a sample stops, no unit
+    halting: Halting = "residual"  # rule by which a sample stops where no depth is asked for, as with plan_loops=0
+    halt_tolerance: Positive = 0.01  # its one number; certified: a distance, prediction: a reward, else relative
     patience: Count = 1  # loops in a row for which the rule must hold, loops
     solver: Solver = "plain"  # what enters the next loop where no depth is asked for
     gradient: Gradient = "unrolled"  # back through every loop, or implicit: of the fixed point (certified mode only)
@@ -176,6 +176,9 @@ class DynamicsConfig(Section):
             if getattr(self, name) > self.max_loops:
                 most = f"dynamics.max_loops={self.max_loops}"
                 raise ConfigError(f"dynamics.{name}={getattr(self, name)}: must be at most {most}")
+        for name, value in (("halting", "certified"), ("gradient", "implicit")):
+            if getattr(self, name) == value and self.name != "looped":
+                raise ConfigError(f"dynamics.{name}={value}: needs dynamics=looped")
         if self.min_loops > self.mean_loops:
             raise ConfigError(
                 f"dynamics.min_loops={self.min_loops}: must be at most dynamics.mean_loops={self.mean_loops}"
@@ -366,19 +369,21 @@ def _split(overrides: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals:
-            near = key if key in _keys() or key in _groups() else _nearest(key, (*_keys(), *_groups()))
+            near = key if key in _keys() or key in groups() else _nearest(key, (*_keys(), *groups()))
             raise ConfigError(f"{word!r} is not KEY=VALUE: did you mean {near}=...?")
         if key == "task":
             choices[key], slash, _ = text.partition("/")
-            if choices[key] not in _groups()[key]:
-                suites = _words(_groups()[key])
+            if choices[key] not in groups()[key]:
+                suites = _words(groups()[key])
                 raise ConfigError(f"task={text!r}: unknown suite, valid are {suites}; write task=SUITE/ID")
             if slash:
                 values["task.id"] = text
-        elif key in _groups():
+        elif key in groups():
             choices[key] = text
-            if text not in _groups()[key]:
-                raise ConfigError(f"{key}={text!r}: {_not_among(text, _groups()[key])}")
+            if text not in groups()[key]:
+                raise ConfigError(f"{key}={text!r}: {_not_among(text, groups()[key])}")
+        elif key.endswith(".name") and text in groups().get(key.removesuffix(".name"), ()):
+            choices[key.removesuffix(".name")] = text  # which may set more than the name, as for a control its mode
         elif key in _keys():
             values[key] = text
         else:
@@ -480,7 +485,7 @@ def _unknown(key: str) -> ConfigError:
     if inside:
         return ConfigError(f"{key} is a section, not a value: set one of {_words(inside)}")
     twins = [known for known in _keys() if _last(known) == _last(key)]  # right name, wrong section
-    near = " or ".join(twins) or _nearest(key, (*_keys(), *_groups()))
+    near = " or ".join(twins) or _nearest(key, (*_keys(), *groups()))
     return ConfigError(f"unknown key {key!r}: did you mean {near}?")
 
 
@@ -512,6 +517,12 @@ def _words(words: Iterable[str]) -> str:
     return ", ".join(words)
 
 
+def section_of(cls: type[Section], name: str) -> type[Section] | None:
+    """The section that the field ``name`` of a section is; None for a value."""
+    kind = _kinds(cls)[name]
+    return kind if _is_section(kind) else None
+
+
 def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Section)
 
@@ -534,7 +545,7 @@ def _keys() -> tuple[str, ...]:
 
 
 @cache
-def _groups() -> dict[str, tuple[str, ...]]:
+def groups() -> dict[str, tuple[str, ...]]:
     """The groups of configs/ and their options: one folder a group, one yaml file an option."""
     if not CONFIG_DIR.is_dir():
         raise ConfigError(f"{CONFIG_DIR} is missing: install from a checkout with `pip install -e .`")

@@ -601,7 +601,7 @@ def test_a_value_that_reads_the_loop_state_trains_no_model_and_leads_the_policy_
             member[0].weight[:, : 6 + A] = 0.0
     z = agent.encode(torch.as_tensor(observations(20)))
     for update, own in (
-        (lambda: agent._update_policy(z), {"policy"}),
+        (lambda: agent._update_policy(z, torch.ones(len(z))), {"policy"}),
         (lambda: agent._update_value(agent.pair(z, agent.policy(z)[0]).detach(), *torch.ones(2, 20)), {"value"}),
     ):
         before = weights(agent)
@@ -618,6 +618,14 @@ def test_rows_without_weight_teach_the_value_nothing():
     one._update_value(pair, target, weight)
     other._update_value(pair[:5], target[:5], torch.ones(5))
     torch.testing.assert_close(one.value_optimizer.flat, other.value_optimizer.flat)
+
+
+def test_rows_without_weight_teach_the_policy_nothing():
+    one, other = make(policy_penalty=0.1), make(policy_penalty=0.1)
+    z = torch.randn(8, 6)
+    one._update_policy(z, (torch.arange(8) < 5).float())
+    other._update_policy(z[:5], torch.ones(5))
+    torch.testing.assert_close(one.policy_optimizer.flat, other.policy_optimizer.flat)
 
 
 def test_smoothing_noise_is_clipped(monkeypatch):
@@ -677,7 +685,7 @@ def test_each_loss_trains_its_own_part():
     agent = make()
     z = torch.randn(20, 6)
     for update, own in (
-        (lambda: agent._update_policy(z), {"policy"}),
+        (lambda: agent._update_policy(z, torch.ones(len(z))), {"policy"}),
         (lambda: agent._update_value(torch.randn(20, 6 + A), torch.ones(20), torch.ones(20)), {"value"}),
     ):
         before = weights(agent)
@@ -700,7 +708,7 @@ def test_policy_climbs_a_known_value(monkeypatch):
     monkeypatch.setattr(agent.value, "first_value", known, raising=False)
     z = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
     for _ in range(150):
-        agent._update_policy(z)
+        agent._update_policy(z, torch.ones(20))
     torch.testing.assert_close(agent.policy(z)[0].detach(), torch.full((20, A), 0.5), atol=0.1, rtol=0)
 
 
@@ -825,6 +833,12 @@ def test_every_dynamics_trains_acts_and_is_looked_at(name):
     counts = dict(agent.parameter_counts)
     modules = (agent.world_model, agent.policy, agent.value)
     assert counts.pop("total") == sum(counts.values()) == sum(p.numel() for m in modules for p in m.parameters())
+
+
+@pytest.mark.parametrize(("plan_loops", "mean"), [(5, 5.0), (0, None)])
+def test_the_loops_that_are_logged_are_those_of_a_plan(plan_loops, mean):
+    found = make(plan_loops=plan_loops).diagnostics(filled_replay())
+    assert found["loop/mean"] == (mean or found["loop/adaptive_mean"]) and found["loop/adaptive_max"] <= 6
 
 
 @pytest.mark.parametrize(

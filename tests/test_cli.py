@@ -1,6 +1,7 @@
 """train.py and evaluate.py as people use them: what is printed and written, and every mistake in one line."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from training_tools import CARTPOLE, ROOT, TINY, forbid_filming, lines, run
 import envs
 import evaluate
 import train
+from loopwm import config
 from loopwm.training import run_dir as run_dir_module
 from loopwm.training import trainer as trainer_module
 from loopwm.training.checkpoint import Checkpoints, lock_run
@@ -223,6 +225,35 @@ def test_resume_of_what_never_saved_starts_anew(tmp_path):
         }
 
 
+def test_resume_says_that_there_is_nothing_to_resume(finished, tmp_path, capsys):
+    assert run(tmp_path / "mistyped", *SHORT, "frames=10", "resume=true") == 0
+    assert f"{tmp_path / 'mistyped'} holds no run to resume" in capsys.readouterr().err
+    shutil.copytree(finished, tmp_path / "x")
+    assert run(tmp_path / "x", *SHORT, "resume=true") == 0
+    assert "to resume" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["resume=true"]])
+def test_checkpoints_of_unknown_settings_are_not_gone_on_from(words, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "x")
+    (tmp_path / "x" / "config.yaml").unlink()
+    assert "no config.yaml" in complaint(capsys, run(tmp_path / "x", *SHORT, *words))
+    assert not (tmp_path / "x" / "config.yaml").exists()
+
+
+def test_help_lists_every_setting_with_its_default_and_meaning(capsys):
+    assert train.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    for key, default in config.flatten(config.load_config(["task=dmc/x-y"])).items():
+        shown = key if key.startswith("task.") and "repeat" not in key else f"{key}={default}"
+        assert re.search(rf"^  {re.escape(shown)}\S* +\S", said, re.MULTILINE), key
+
+
+def test_sizes_that_no_model_has_are_one_line(tmp_path, capsys):
+    words = ["dynamics=deep_thin", "dynamics.hidden_dim=1", "dynamics.block_dim=1", "dynamics.mean_loops=8"]
+    assert "dynamics=deep_thin: " in complaint(capsys, run(tmp_path, *SHORT, *words))
+
+
 def test_resume_finds_the_newest_run_of_the_same_settings(tmp_path, monkeypatch):
     """`python train.py` names its directory; so `python train.py resume=true` has to find it."""
     monkeypatch.chdir(tmp_path)
@@ -288,11 +319,21 @@ def test_evaluation_repeats_and_has_its_own_seeds(finished, capsys):
 
 def test_loops_and_samples(finished, capsys):
     words = [str(finished), "--episodes", "1", "--json", "--samples", "24"]
-    for loops in (1, 8, 20):
+    for loops in (1, 8, 20, 0):
         assert evaluate.main([*words, "--loops", str(loops)]) == 0
-        assert json.loads(capsys.readouterr().out)["loops"] == loops
+        assert json.loads(capsys.readouterr().out)["loops"] == (loops or "adaptive")
     assert evaluate.main([str(finished), "--episodes", "1", "--samples", "0"]) == 0
     assert "gym/CartPole-v1  return" in capsys.readouterr().out
+    assert evaluate.main([*words[:-1], "0"]) == 0
+    assert json.loads(capsys.readouterr().out)["loops"] is None  # nothing is predicted
+
+
+def test_a_control_has_no_loops_to_choose(tmp_path, capsys):
+    assert run(tmp_path, *SHORT, "dynamics=stacked") == 0
+    capsys.readouterr()
+    assert "dynamics=stacked" in evaluation_error(capsys, tmp_path, "--loops", "8")
+    assert evaluate.main([str(tmp_path), "--episodes", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loops"] is None
 
 
 def test_evaluation_writes_nothing_into_the_run(finished):
@@ -309,7 +350,7 @@ def test_evaluation_while_training(finished):
 @pytest.mark.parametrize(
     "words",
     [
-        *(["--episodes", "0"], ["--episodes", "-1"], ["--episodes", "x"], ["--loops", "0"], ["--loops", "²"]),
+        *(["--episodes", "0"], ["--episodes", "-1"], ["--episodes", "x"], ["--loops", "-1"], ["--loops", "²"]),
         *(["--samples", "-1"], ["--seed", "-1"], ["--unknown"], ["--video"]),
     ],
 )

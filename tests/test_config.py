@@ -49,6 +49,9 @@ MISTAKES = [
     (["agent=planer"], "mean planner"),
     (["size=lrge"], "mean large"),
     (["dynamics.name=widee"], "mean wide"),
+    (["dynamics=wide", "dynamics.halting=certified"], "dynamics.halting=certified: needs dynamics=looped"),
+    (["dynamics=stacked", "dynamics.gradient=implicit"], "dynamics.gradient=implicit: needs dynamics=looped"),
+    (["dynamics.halting=random"], "valid: residual"),
     (["dynamics.depth_sampler=poison"], "mean poisson"),
     (["dynamics.mode=certifed"], "mean certified"),
     (["dynamics.injection=zho"], "mean zoh"),
@@ -290,6 +293,13 @@ def _assert_unreadable(path: Path, expected: str) -> None:
     message = str(caught.value)
     assert expected in message
     assert message.startswith(str(path)) and len(message.splitlines()) == 1
+
+
+def test_a_group_chosen_by_its_name_is_the_group():
+    for control in ("single_pass", "stacked", "wide", "deep_thin"):
+        one, other = load_config([f"dynamics={control}"]), load_config([f"dynamics.name={control}"])
+        assert one == other and one.dynamics.mode == "linear"
+    assert load_config(["dynamics.name=wide", "dynamics.mode=certified"]).dynamics.mode == "certified"
 
 
 def test_flatten_gives_scalars_by_dotted_keys() -> None:

@@ -393,6 +393,7 @@ WRONG = {
     "dcm/cartpole-swingup": "unknown task 'dcm/cartpole-swingup'; did you mean 'dmc/cartpole-swingup'?",
     "cartpole-swingup": "such as 'dmc/cartpole-swingup'",
     "CartPole-v1": "such as 'gym/CartPole-v1'",
+    "gym/ALE/Pong-v5": "Namespace ALE not found",
     "gym/Hoper-v5": "unknown task 'gym/Hoper-v5'; did you mean 'gym/Hopper-v5'?",
     "gym/CartPole-v7": "did you mean 'gym/CartPole-v",
     "gym/a:b:c": "is written gym/<module>:<id>",

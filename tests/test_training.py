@@ -556,8 +556,9 @@ def test_tensorboard_says_what_metrics_jsonl_says(straight):
         *("eval/return", "eval/return_std", "eval/length", "train/return", "loss/consistency", "loss/reward"),
         *(
             "loop/mean",
-            "loop/max",
-            "loop/residual_at_exit",
+            "loop/adaptive_mean",
+            "loop/adaptive_max",
+            "loop/adaptive_residual",
             "loop/contraction_bound",
             "loop/contraction_measured",
         ),

@@ -6,7 +6,9 @@ import contextlib
 import glob
 import itertools
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +33,8 @@ def open_run(cfg: Config) -> tuple[Path, IO[str]]:
     config.yaml is left to the caller, to be written once the run can begin: a mistyped task claims nothing.
 
     Raises:
-        CheckpointError: it is in use, or holds a run and ``resume`` is false. OSError: it cannot be written.
+        CheckpointError: it is in use, holds a run and ``resume`` is false, or holds checkpoints of nobody knows which.
+        OSError: it cannot be written.
         ConfigError: ``resume`` is true and the saved run was another one.
     """
     run_dir = Path(cfg.run_dir) if cfg.run_dir else cfg.resume and _newest_run(cfg) or _new_run(cfg)
@@ -43,7 +46,27 @@ def open_run(cfg: Config) -> tuple[Path, IO[str]]:
         changed = changed_settings(read_config(saved), cfg)
         if changed:
             raise ConfigError(f"{run_dir} was begun with {'; '.join(changed)}: resume it with the same settings")
+    elif Checkpoints(run_dir).frames():
+        raise CheckpointError(f"{run_dir} holds checkpoints but no config.yaml: choose another run_dir")
+    elif cfg.resume:
+        print(f"{run_dir} holds no run to resume: a new one begins there", file=sys.stderr)
     return run_dir, lock
+
+
+def last_words(result: dict[str, Any], run_dir: Path, arguments: list[str]) -> str:
+    """What ``train.py`` says of a run when it stops: its evaluation, where it lies, how to go on if it is not over.
+
+    Args:
+        result: what summary.json holds. arguments: those of the command line.
+    """
+    said = [f"run          {run_dir}", f"curves       tensorboard --logdir {run_dir.parent}"]
+    if result["eval_return_mean"] is not None:
+        said.insert(0, f"evaluation   {result['eval_return_mean']:.2f} +- {result['eval_return_std']:.2f}")
+    if not result["finished"]:
+        kept = [word for word in arguments if word.partition("=")[0] not in ("run_dir", "resume")]
+        again = shlex.join([*kept, f"run_dir={run_dir}", "resume=true"])
+        said.append(f"interrupted at {result['frames']:,} frames; to go on: python train.py {again}")
+    return "\n".join(said)
 
 
 def _slug(cfg: Config) -> str:
