@@ -9,72 +9,22 @@ What a person can get wrong raises ConfigError: one line that names the nearest 
 
 from __future__ import annotations
 
-import difflib
-import math
 import os
 import re
-import threading
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar
 
 import yaml
 
-CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+from loopwm.schema import ConfigError, Matches, OneOf, Section, Within, build, section_of
+from loopwm.words import compose_groups, split, unknown
 
 Scalar = bool | int | float | str
-T = TypeVar("T", bound="Section")
 
-
-class ConfigError(ValueError):
-    """A setting a person can correct; its text is one line."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
-
-
-# ---------------------------------------------------------------------------------------- rules for values
-
-
-class Within(NamedTuple):
-    """A number from `low` to `high`; an `open` range leaves its two ends out."""
-
-    low: float
-    high: float = math.inf
-    open: bool = False
-
-    def complaint(self, value: float) -> str | None:
-        """What is wrong with `value`, or None."""
-        inside = self.low < value < self.high if self.open else self.low <= value <= self.high
-        if inside:
-            return None
-        if self.high == math.inf:
-            return f"must be {'above' if self.open else 'at least'} {self.low}"
-        return f"must be {'strictly ' if self.open else ''}between {self.low} and {self.high}"
-
-
-class OneOf(NamedTuple):
-    """One of a few words."""
-
-    words: tuple[str, ...]
-
-    def complaint(self, value: str) -> str | None:
-        """What is wrong with `value`, or None."""
-        return None if value in self.words else _not_among(value, self.words)
-
-
-class Matches(NamedTuple):
-    """A text of a certain form; `form` says it in words."""
-
-    regex: str
-    form: str
-
-    def complaint(self, value: str) -> str | None:
-        """What is wrong with `value`, or None."""
-        return None if re.fullmatch(self.regex, value) else f"must be {self.form}"
-
+# ------------------------------------------------------------------------------------------ what a value may be
 
 Count = Annotated[int, Within(1)]  # 1, 2, ...
 Whole = Annotated[int, Within(0)]  # 0, 1, 2, ...
@@ -98,22 +48,6 @@ Device = Annotated[str, Matches(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cud
 
 
 # ---------------------------------------------------------------------------------------------- the schema
-
-
-@dataclass(frozen=True)
-class Section:
-    """A frozen part of the config: it converts and checks its fields when it is made, by whichever way."""
-
-    SECTION: ClassVar[str] = ""  # the name of the part in dotted keys
-
-    def __post_init__(self) -> None:
-        for name, kind in _kinds(type(self)).items():
-            value = _parse(_join(self.SECTION, name), kind, getattr(self, name))
-            object.__setattr__(self, name, value)  # the one write; the instance is frozen from here on
-        self.check()
-
-    def check(self) -> None:
-        """Checks across fields; raises ConfigError."""
 
 
 @dataclass(frozen=True)
@@ -292,12 +226,12 @@ def load_config(overrides: Iterable[str]) -> Config:
 
     Raises ConfigError.
     """
-    choices, values = _split(overrides)
-    tree = _compose(choices)
+    choices, values = split(overrides, _keys())
+    tree = compose_groups(choices)
     for key, value in values.items():
         section, _, name = key.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[name] = value
-    return _build(Config, tree)
+    return _built(tree)
 
 
 def save_config(cfg: Config, path: str | os.PathLike[str]) -> None:
@@ -342,7 +276,7 @@ def parse_config(tree: object) -> Config:
 
     Raises ConfigError.
     """
-    return _build(Config, _as_before(tree))
+    return _built(_as_before(tree))
 
 
 def to_dict(cfg: Section) -> dict[str, Any]:
@@ -359,195 +293,17 @@ def flatten(cfg: Section) -> dict[str, Scalar]:
     return flat
 
 
-# ---------------------------------------------------------------------------------------------- the inside
-
-
-def _split(overrides: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Command-line words -> group choices {group: option} and values {dotted key: text}, names checked."""
-    choices: dict[str, str] = {}
-    values: dict[str, str] = {}
-    for word in overrides:
-        key, equals, text = word.partition("=")
-        if not equals:
-            near = key if key in _keys() or key in groups() else _nearest(key, (*_keys(), *groups()))
-            raise ConfigError(f"{word!r} is not KEY=VALUE: did you mean {near}=...?")
-        if key == "task":
-            choices[key], slash, _ = text.partition("/")
-            if choices[key] not in groups()[key]:
-                suites = _words(groups()[key])
-                raise ConfigError(f"task={text!r}: unknown suite, valid are {suites}; write task=SUITE/ID")
-            if slash:
-                values["task.id"] = text
-        elif key in groups():
-            choices[key] = text
-            if text not in groups()[key]:
-                raise ConfigError(f"{key}={text!r}: {_not_among(text, groups()[key])}")
-        elif key.endswith(".name") and text in groups().get(key.removesuffix(".name"), ()):
-            choices[key.removesuffix(".name")] = text  # which may set more than the name, as for a control its mode
-        elif key in _keys():
-            values[key] = text
-        else:
-            raise _unknown(key)
-    return choices, values
-
-
-_COMPOSING = threading.Lock()  # Hydra keeps what it composes with in a global
-
-
-def _compose(choices: Mapping[str, str]) -> dict[str, Any]:
-    """Hydra's composition of configs/config.yaml with these choices, as plain dicts."""
-    # Imported here: reading a saved config needs no Hydra.
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        with _COMPOSING, initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            composed = compose("config", [f"{group}={option}" for group, option in choices.items()])
-        return OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{CONFIG_DIR}: a file there is broken: {str(error).splitlines()[0]}") from error
-
-
-def _build(cls: type[T], tree: object) -> T:
-    """Nested dicts -> a checked section; unknown and missing keys are errors."""
-    if not isinstance(tree, Mapping):
-        raise ConfigError(f"{cls.SECTION or 'the config'} must be a mapping of keys to values, not {tree!r}")
-    kinds = _kinds(cls)
-    for key in tree:
-        if key not in kinds:
-            raise _unknown(_join(cls.SECTION, str(key)))
-    for item in fields(cls):
-        required = item.default is MISSING and item.default_factory is MISSING
-        if required and item.name not in tree:
-            raise ConfigError(f"{_join(cls.SECTION, item.name)} is missing")
-    return cls(**{key: _build(kinds[key], v) if _is_section(kinds[key]) else v for key, v in tree.items()})
-
-
-def _parse(key: str, kind: Any, value: Any) -> Any:
-    """`value` as the type of the field `key`, within its rules."""
-    base, rules = (kind.__origin__, kind.__metadata__) if hasattr(kind, "__metadata__") else (kind, ())
-    if _is_section(base):
-        if not isinstance(value, base):
-            raise ConfigError(f"{key} must be a {base.__name__}, not {value!r}")
-        return value
-    wanted, convert = _CONVERTERS[base]
-    try:
-        value = convert(value)
-    except (TypeError, ValueError, OverflowError, KeyError, AttributeError):
-        raise ConfigError(f"{key}={value!r}: must be {wanted}") from None
-    for rule in rules:
-        if complaint := rule.complaint(value):
-            raise ConfigError(f"{key}={value!r}: {complaint}")
-    return value
-
-
-def _to_bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    return {"true": True, "false": False}[value.lower()]
-
-
-def _to_int(value: Any) -> int:
-    """An int from an int, a whole float, or their text: 100000, 1e5, "100_000"."""
-    if isinstance(value, str):
-        value = float(value) if re.search(r"[.eE]", value) else int(value)
-    if isinstance(value, bool) or value != int(value):
-        raise ValueError
-    return int(value)
-
-
-def _to_float(value: Any) -> float:
-    number = float(value)
-    if isinstance(value, bool) or not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-def _to_str(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-_CONVERTERS = {
-    bool: ("true or false", _to_bool),
-    int: ("a whole number", _to_int),
-    float: ("a number", _to_float),
-    str: ("text", _to_str),
-}
-
-
-def _unknown(key: str) -> ConfigError:
-    """The error for a key that does not exist, or that is a section."""
-    inside = [known for known in _keys() if known.startswith(f"{key}.")]
-    if inside:
-        return ConfigError(f"{key} is a section, not a value: set one of {_words(inside)}")
-    twins = [known for known in _keys() if _last(known) == _last(key)]  # right name, wrong section
-    near = " or ".join(twins) or _nearest(key, (*_keys(), *groups()))
-    return ConfigError(f"unknown key {key!r}: did you mean {near}?")
-
-
-def _not_among(word: str, words: Iterable[str]) -> str:
-    words = tuple(words)
-    return f"did you mean {_nearest(word, words)}? (valid: {_words(words)})"
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    """The name in `known` most like `key`, by the whole name and by its last part."""
-
-    def likeness(name: str) -> float:
-        whole = difflib.SequenceMatcher(None, key.lower(), name).ratio()
-        last = difflib.SequenceMatcher(None, _last(key.lower()), _last(name)).ratio()
-        return whole + last
-
-    return max(known, key=likeness)
-
-
-def _last(key: str) -> str:
-    return key.rpartition(".")[2]
-
-
-def _join(section: str, name: str) -> str:
-    return f"{section}.{name}" if section else name
-
-
-def _words(words: Iterable[str]) -> str:
-    return ", ".join(words)
-
-
-def section_of(cls: type[Section], name: str) -> type[Section] | None:
-    """The section that the field ``name`` of a section is; None for a value."""
-    kind = _kinds(cls)[name]
-    return kind if _is_section(kind) else None
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Section)
-
-
-@cache
-def _kinds(cls: type[Section]) -> dict[str, Any]:
-    """Field name -> its annotated type."""
-    hints = get_type_hints(cls, include_extras=True)
-    return {item.name: hints[item.name] for item in fields(cls)}
+def _built(tree: object) -> Config:
+    return build(Config, tree, lambda key: unknown(key, _keys()))
 
 
 @cache
 def _keys() -> tuple[str, ...]:
     """All dotted keys that hold a value."""
-    return tuple(
-        key
-        for name, kind in _kinds(Config).items()
-        for key in ([f"{name}.{leaf}" for leaf in _kinds(kind)] if _is_section(kind) else [name])
-    )
+    return tuple(_leaves(Config))
 
 
-@cache
-def groups() -> dict[str, tuple[str, ...]]:
-    """The groups of configs/ and their options: one folder a group, one yaml file an option."""
-    if not CONFIG_DIR.is_dir():
-        raise ConfigError(f"{CONFIG_DIR} is missing: install from a checkout with `pip install -e .`")
-    folders = sorted(folder for folder in CONFIG_DIR.iterdir() if folder.is_dir())
-    return {folder.name: tuple(sorted(file.stem for file in folder.glob("*.yaml"))) for folder in folders}
+def _leaves(cls: type[Section]) -> Iterator[str]:
+    for item in fields(cls):
+        inner = section_of(cls, item.name)
+        yield from _leaves(inner) if inner else [f"{cls.SECTION}.{item.name}".lstrip(".")]

@@ -8,26 +8,28 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields
 
 from loopwm import config
+from loopwm.schema import Section, section_of
+from loopwm.words import groups
 
 FIELD = re.compile(r"^    (\w+): .*?  # (.*)$", re.MULTILINE)  # name: Type = default  # meaning
 
 
 def usage() -> str:
     """How to write a command, then a line a setting."""
-    groups = "  ".join(f"{name}={'|'.join(options)}" for name, options in config.groups().items() if name != "task")
+    choices = "  ".join(f"{name}={'|'.join(options)}" for name, options in groups().items() if name != "task")
     head = (
         "python train.py task=SUITE/ID [KEY=VALUE ...]\n\n"
         "task=dmc/<domain>-<task> or task=gym/<Gymnasium id>\n"
-        f"{groups}\n"
+        f"{choices}\n"
     )
     return "\n".join([head, *settings(config.Config), ""])
 
 
-def settings(section: type[config.Section]) -> Iterator[str]:
+def settings(section: type[Section]) -> Iterator[str]:
     """``key=default  meaning`` of every field of a section and of those inside it."""
     meanings = dict(FIELD.findall(inspect.getsource(section)))
     for item in fields(section):
-        inner = config.section_of(section, item.name)
+        inner = section_of(section, item.name)
         if inner is not None:
             yield from settings(inner)
             continue

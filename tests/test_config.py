@@ -12,7 +12,6 @@ import yaml
 
 from loopwm import config as config_module
 from loopwm.config import (
-    CONFIG_DIR,
     Config,
     ConfigError,
     DynamicsConfig,
@@ -27,6 +26,7 @@ from loopwm.config import (
     save_config,
     to_dict,
 )
+from loopwm.words import CONFIG_DIR
 
 GROUP_OPTIONS = [(file.parent.name, file.stem) for file in sorted(CONFIG_DIR.glob("*/*.yaml"))]
 
