@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
+from agents.novelty import Novelty
 from agents.planner import PlannerAgent
 from loopwm.config import Config, ConfigError
 from loopwm.dynamics import DYNAMICS
@@ -74,7 +75,10 @@ def make_agent(cfg: Config, obs_dim: int, action_dim: int, discrete: bool, devic
     policy = (DiscretePolicy if discrete else ContinuousPolicy)(z, action_dim, c.policy_dim, c.activation).to(device)
     width = z + action_dim + (world_model.dynamics.state_dim if c.value_loops else 0)
     value = ValueEnsemble(width, c.value_dim, loss=c.value_loss, activation=c.activation).to(device)
-    return AGENTS[c.name](world_model, policy, value, obs_dim, action_dim, c, seed=cfg.seed, device=device)
+    seeks = c.novelty_spread and c.plan_collect and c.plan_samples
+    novelty = Novelty(z, torch.Generator().manual_seed(cfg.seed)).to(device) if seeks else None
+    parts = (world_model, policy, value)
+    return AGENTS[c.name](*parts, obs_dim, action_dim, c, seed=cfg.seed, device=device, novelty=novelty)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,32 +24,38 @@ class PlanBudget:
     min_std: float = 0.05  # floor of the sampling spread, action units
 
 
+class Plan(NamedTuple):
+    """What a search found for N states."""
+
+    action: Tensor  # (N, A), one-hot where discrete
+    mean: Tensor  # (H, N, A) of the last distribution
+    spread: Tensor  # (N,) standard deviation of the first scores
+
+
 Score = Callable[[Tensor, Tensor], Tensor]  # z (R, Z), actions (H, R, A) -> return (R,)
 
 
 @torch.no_grad()
 def mppi(
     z: Tensor, prior: Tensor, mean: Tensor, score: Score, budget: PlanBudget, generator: torch.Generator, discrete: bool
-) -> tuple[Tensor, Tensor]:
+) -> Plan:
     """Refine a distribution over action sequences for N states at once.
 
     Args:
         z: (N, Z) latents. prior: (H, N, P, A) sequences of the policy. mean: (H, N, A) first guess.
         score: imagined return of sequences. discrete: actions are one-hot, ``mean`` probabilities.
-
-    Returns:
-        (action (N, A), mean (H, N, A)); a one-hot action where discrete.
     """
     horizon, envs, from_policy, action_dim = prior.shape
     drawn = budget.samples - from_policy
     std = torch.full_like(mean, budget.max_std)
     prior_value: Tensor | None = None
+    first_spread: Tensor | None = None
     for _ in range(budget.iterations):
         fresh = draw(mean, std, drawn, generator, discrete)  # (H, N, S - P, A)
         actions = torch.cat([prior, fresh], 2)  # (H, N, S, A)
         if prior_value is None:
             value = score_all(score, z, actions)  # (N, S)
-            prior_value = value[:, :from_policy]
+            prior_value, first_spread = value[:, :from_policy], value.std(1, correction=0)
         else:  # the policy's sequences stay what they were, and so does their worth
             value = torch.cat([prior_value, score_all(score, z, fresh)], 1)
         elite_value, elite = value.nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9).topk(budget.elites, dim=1)  # (N, E)
@@ -61,8 +68,8 @@ def mppi(
         std = (weight * (chosen - mean.unsqueeze(2)).square()).sum(2).sqrt().clamp(budget.min_std, budget.max_std)
     if discrete:
         best = mean[0].argmax(-1)
-        return torch.nn.functional.one_hot(best, action_dim).to(mean.dtype), mean
-    return mean[0].clamp(-1.0, 1.0), mean
+        return Plan(torch.nn.functional.one_hot(best, action_dim).to(mean.dtype), mean, first_spread)
+    return Plan(mean[0].clamp(-1.0, 1.0), mean, first_spread)
 
 
 def score_all(score: Score, z: Tensor, actions: Tensor) -> Tensor:

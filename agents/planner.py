@@ -19,6 +19,7 @@ from torch import Tensor
 from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
 from agents.exploration import CorrelatedNoise
 from agents.mppi import PlanBudget, draw, mppi
+from agents.novelty import Novelty
 from agents.optim import EMATarget, FlatAdam
 from loopwm.config import PlannerConfig
 from loopwm.model.losses import masked_mean, weighted_sum, world_model_losses
@@ -36,6 +37,7 @@ class PlannerAgent:
     Args:
         world_model, policy, value: on ``device``. obs_dim: O. action_dim: A.
         config: every coefficient. seed: of exploration, depths and planning.
+        novelty: of latents, which exploring plans look for where all seems alike; None: they do not.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class PlannerAgent:
         *,
         seed: int,
         device: torch.device,
+        novelty: Novelty | None = None,
     ):
         self.world_model, self.policy, self.value = world_model, policy, value
         self.obs_dim = obs_dim
@@ -59,6 +62,7 @@ class PlannerAgent:
             "heads": _count(world_model.reward) + _count(world_model.continuation),
             "policy": _count(policy),
             "value": _count(value),
+            "novelty": 0 if novelty is None else _count(novelty.predictor),
         }
         self.parameter_counts["total"] = sum(self.parameter_counts.values())
         c = config
@@ -73,6 +77,10 @@ class PlannerAgent:
             # The model moves once in ``model_every`` updates, and so does its slow copy: the same pace by the frame.
             "model": EMATarget(self.model_optimizer, self.slow_model, 1.0 - (1.0 - c.model_tau) ** c.model_every),
         }
+        self.novelty = novelty
+        if novelty is not None:
+            self.novelty_optimizer = FlatAdam([novelty.predictor], c.learning_rate, c.clip_norm)
+        self.seeking = 0.0  # share of the last thousand exploring steps, about, that were after what is new
         self.generator = torch.Generator(device).manual_seed(seed)
         self.depth_generator = torch.Generator().manual_seed(seed + 1)
         self.updates = 0
@@ -124,21 +132,36 @@ class PlannerAgent:
                 return self._to_env(self._explore(torch.zeros(envs, self.action_dim, device=self.device), first, 1.0))
         z = self.encode(torch.as_tensor(obs, device=self.device))  # (N, Z)
         if self.config.plan_samples > 0 and (self.config.plan_collect or not explore):
-            action = self.plan(z)
+            action = self.plan(z, explore)
         else:
             action = self.policy(z)[0]  # (N, A)
         return self._to_env(self._explore(action, first, self._noise_std()) if explore else action)
 
-    def plan(self, z: Tensor) -> Tensor:
+    def plan(self, z: Tensor, explore: bool = False) -> Tensor:
         """MPPI from z (N, Z) -> action (N, A), around what the policy would do.
 
         It starts from the policy's own sequence, not from the previous plan: with a trained policy that search came
         out worse than the policy it began with (docs/ablations.md). Young policies need a wide one, hence ``plan_std``.
+
+        Where no sequence is worth more than another there is nothing to gain by it. An exploring plan looks for the
+        newest latents there instead, among sequences as wide as the actions, with probability exp(-spread of the
+        scores / ``novelty_spread``).
         """
         budget = self.budget
         with self.slow_model.frozen():
             prior = self._policy_sequences(z, budget)
-            return mppi(z, prior, prior[:, :, 0], self.score, budget, self.generator, self.discrete)[0]
+            search = (z, prior, prior[:, :, 0])
+            plan = mppi(*search, self.score, budget, self.generator, self.discrete)
+            if self.novelty is None or not explore:
+                return plan.action
+            flat = torch.exp(-plan.spread / self.config.novelty_spread)  # (N,)
+            seeks = torch.rand(flat.shape, generator=self.generator, device=self.device) < flat
+            self.seeking += 0.001 * (float(seeks.float().mean()) - self.seeking)
+            if not seeks.any():
+                return plan.action
+            wide = dataclasses.replace(budget, max_std=1.0)
+            new = mppi(*search, self.newness, wide, self.generator, self.discrete)
+            return torch.where(seeks.unsqueeze(1), new.action, plan.action)
 
     def draw_plans(self, z: Tensor) -> Tensor:
         """The sequences (H, N, S, A) that a plan from z (N, Z) begins with: what it chooses among."""
@@ -169,6 +192,10 @@ class PlannerAgent:
         for t in reversed(range(actions.shape[0])):
             value = reward[t] + discount[t] * value
         return value
+
+    def newness(self, z: Tensor, actions: Tensor) -> Tensor:
+        """Sum (R,) of the novelties of the latents that actions (H, R, A) lead through from z (R, Z)."""
+        return self.novelty(self.slow_model.rollout(z, actions, self._plan_depth()).z[1:]).sum(0)
 
     def _plan_depth(self) -> int | None:
         return self.config.plan_loops or None
@@ -248,6 +275,7 @@ class PlannerAgent:
             z = self.encode(batch.obs[0])  # (B, Z)
             z_end = self.encode(batch.obs[n])  # (B, Z); the last row of shorter sequences, by padding
             target = self._value_target(z_end, batch.reward[:n], batch.terminated[:n], batch.mask[:n])  # (B,)
+            real = z
             rows = [z, batch.action[0], target, torch.ones_like(target)]
             if c.imagined_steps:
                 imagined = self._imagined_rows(z, batch)
@@ -255,9 +283,11 @@ class PlannerAgent:
             z, taken, target, weight = rows
             pair = self.pair(z, taken)
         metrics, out = self._update_value(pair, target, weight)
+        if self.novelty is not None:
+            metrics |= self._update_novelty(real)
         if c.priority:
-            real = slice(len(batch.start))
-            error = (self.value.code.decode(out[:, real]) - target[real]).abs().amax(0)  # (B,), the larger of two
+            first = slice(len(batch.start))
+            error = (self.value.code.decode(out[:, first]) - target[first]).abs().amax(0)  # (B,), the larger of two
             self._prioritise(replay, batch.start, error)
         if self.updates % c.policy_every == 0:
             metrics |= self._update_policy(z, weight)
@@ -366,6 +396,14 @@ class PlannerAgent:
         norm = self.policy_optimizer.step()
         return {"loss/policy": loss.detach(), "loss/policy_gradient": norm}
 
+    def _update_novelty(self, z: Tensor) -> dict[str, Any]:
+        """What z (B, Z) holds is less new from now on."""
+        loss = self.novelty(z).mean()
+        self.novelty_optimizer.zero_grad()
+        loss.backward()
+        self.novelty_optimizer.step()
+        return {"loss/novelty": loss.detach(), "explore/seeking": self.seeking}
+
     # ---- looking and keeping ------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -400,6 +438,7 @@ class PlannerAgent:
             "updates": self.updates,
             "value_unit": None if self.value.unit is None else self.value.unit.clone(),
             "acted": self.acted,
+            "novelty": None if self.novelty is None else self._novelty_state(),
             "noise": self._noise.state,
         }
 
@@ -423,10 +462,18 @@ class PlannerAgent:
             self.generator.manual_seed(self.generator.initial_seed() + state["updates"])
         self.depth_generator.set_state(state["depth_generator"].cpu())
         self.updates, self.acted = state["updates"], state["acted"]
+        if self.novelty is not None and state.get("novelty"):  # None: planned for the first time from here on
+            self.novelty_optimizer.load_state_dict(state["novelty"]["optimizer"])
+            self.novelty.random.load_state_dict(state["novelty"]["random"])
+            self.seeking = state["novelty"]["seeking"]
         self._noise.state = None if state["noise"] is None else state["noise"].to(self.device)
 
     def _optimizers(self) -> dict[str, FlatAdam]:
         return {"model": self.model_optimizer, "value": self.value_optimizer, "policy": self.policy_optimizer}
+
+    def _novelty_state(self) -> dict[str, Any]:
+        random = {name: tensor.clone() for name, tensor in self.novelty.random.state_dict().items()}
+        return {"optimizer": self.novelty_optimizer.state_dict(), "random": random, "seeking": self.seeking}
 
 
 def _count(module: torch.nn.Module) -> int:

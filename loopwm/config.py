@@ -171,6 +171,7 @@ class PlannerConfig(Section):
     plan_std_final: Share = 0.15  # its last spread, reached with explore_decay_steps, action units
     plan_loops: Whole = 4  # loops in each prediction while planning; 0: adaptive
     plan_policy_std: NonNegative = 0.2  # spread of the perturbed policy sequences of a plan, action units
+    novelty_spread: NonNegative = 0.005  # of a plan's scores, below which exploring seeks new latents, return; 0: never
     plan_collect: bool = True  # plan while collecting training data too, yes or no; no: the policy collects
 
     def check(self) -> None:
@@ -249,7 +250,7 @@ def _as_before(tree: object) -> object:
         return tree
     agent = tree["agent"]
     planned = {"eval_samples": agent["plan_samples"]} if "plan_samples" in agent else {}
-    return tree | {"agent": {"priority": 0.0} | planned | agent}
+    return tree | {"agent": {"priority": 0.0, "novelty_spread": 0.0} | planned | agent}
 
 
 def read_config(path: str | os.PathLike[str]) -> Config:

@@ -94,7 +94,7 @@ def run_mppi(score, z: torch.Tensor, discrete: bool = False, budget: PlanBudget 
     if prior is None:
         prior = mean.unsqueeze(2).expand(-1, -1, budget.policy_samples, -1)
         prior = nn.functional.one_hot(prior.argmax(-1), A).float() if discrete else prior
-    return mppi(z, prior, mean, score, budget, torch.Generator().manual_seed(seed), discrete)
+    return mppi(z, prior, mean, score, budget, torch.Generator().manual_seed(seed), discrete)[:2]
 
 
 def targets(envs: int = 3, seed: int = 0) -> torch.Tensor:

@@ -98,7 +98,7 @@ def test_summary_and_metrics(finished):
     assert summary["task"] == "gym/CartPole-v1" and summary["finished"] is True
     assert summary["frames"] == summary["agent_steps"] == 60 and summary["eval_episodes"] == 2
     assert 1 <= summary["mean_loops"] <= 8 and 0 < summary["frames_per_second"] < 1e6
-    parts = {"encoder", "dynamics", "heads", "policy", "value", "total"}
+    parts = {"encoder", "dynamics", "heads", "policy", "value", "novelty", "total"}
     assert set(summary["parameters"]) == parts
     assert summary["parameters"]["total"] == sum(summary["parameters"].values()) / 2
     assert summary["commit"] == run_dir_module.commit()
