@@ -11,6 +11,7 @@ from torch import nn
 from agents import make_agent
 from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
 from agents.mppi import PlanBudget, mppi
+from agents.novelty import Novelty
 from agents.optim import EMATarget, FlatAdam, flatten_parameters
 from agents.planner import LEAST_UNIT, REFRESH, PlannerAgent
 from loopwm.config import Config, ConfigError, DynamicsConfig, EncoderConfig, PlannerConfig, TaskConfig
@@ -117,6 +118,17 @@ def test_mppi_finds_a_quadratic_optimum():
     assert action.shape == (3, A) and mean.shape == (2, 3, A)
     torch.testing.assert_close(mean, unpack(z), atol=0.12, rtol=0)
     torch.testing.assert_close(action, mean[0])
+
+
+def test_mppi_says_how_far_the_first_scores_lie_apart():
+    """Of the policy's sequences and the others; the refined ones after them do not count."""
+    scores = torch.tensor([0.0, 2.0, 4.0, 6.0]).repeat(64)
+    seen = iter([scores, *[torch.zeros(240)] * 7])
+    prior = torch.zeros(2, 1, 16, A)
+    plan = mppi(
+        torch.zeros(1, 6), prior, prior[:, :, 0], lambda z, a: next(seen), BUDGET, torch.Generator(), discrete=False
+    )
+    torch.testing.assert_close(plan.spread, torch.tensor([5.0**0.5]))
 
 
 def test_mppi_stays_in_range_when_the_optimum_lies_outside():
@@ -376,6 +388,62 @@ def test_exploration_varies_and_the_policy_alone_does_not(discrete):
     assert (agent.act(obs) == agent.act(obs)).all()
     explored = [agent.act(obs, explore=True) for _ in range(3)]
     assert (explored[0] != explored[1]).any() and (explored[1] != explored[2]).any()
+
+
+# ---- looking for what is new --------------------------------------------------------------------------
+
+
+def test_what_was_learnt_is_less_new_than_the_rest():
+    stream = torch.Generator().manual_seed(0)
+    novelty = Novelty(6, stream)
+    random, optimizer = (
+        copy.deepcopy(novelty.random.state_dict()),
+        torch.optim.Adam(novelty.predictor.parameters(), 1e-3),
+    )
+    known = torch.randn(64, 6, generator=stream) * 0.3 + 2.0
+    elsewhere = torch.randn(64, 6, generator=stream) * 0.3 - 2.0
+    before = novelty(known).mean()
+    for _ in range(300):
+        optimizer.zero_grad()
+        novelty(known).mean().backward()
+        optimizer.step()
+    assert novelty(known).shape == (64,) and novelty(known).mean() < 0.02 * before
+    assert novelty(elsewhere).mean() > 20.0 * novelty(known).mean()
+    assert same(random, novelty.random.state_dict())
+
+
+@KINDS
+def test_where_all_sequences_are_worth_the_same_an_exploring_plan_takes_the_newest(monkeypatch, discrete):
+    """Novelty that grows with the first action's first entry, worth that does not depend on it."""
+    agent, z = make(discrete, plan_collect=True, plan_samples=400), torch.randn(N, 6)
+    monkeypatch.setattr(agent, "newness", lambda z, actions: actions[0, :, 0])
+    monkeypatch.setattr(agent, "score", lambda z, actions: torch.full((len(z),), 7.0))
+    assert (agent.plan(z, explore=True)[:, 0] > 0.7).all() and agent.seeking == pytest.approx(0.001)
+    assert not (agent.plan(z)[:, 0] > 0.7).all()  # an evaluation does not look for it
+    monkeypatch.setattr(agent, "score", lambda z, actions: -actions[0, :, 0])
+    assert (agent.plan(z, explore=True)[:, 0] < 0.3).all() and agent.seeking < 0.001
+
+
+def test_every_env_looks_for_what_is_new_on_its_own_account(monkeypatch):
+    agent, z = make(plan_collect=True, plan_samples=400), torch.tensor([[1.0] * 6, [0.0] * 6])
+    monkeypatch.setattr(agent, "newness", lambda z, actions: actions[0, :, 0])
+    monkeypatch.setattr(agent, "score", lambda z, actions: -z[:, 0] * actions[0, :, 0])  # worth something in env 0
+    first, second = agent.plan(z, explore=True)[:, 0]
+    assert first < -0.7 and second > 0.7
+
+
+@pytest.mark.parametrize("off", [{"novelty_spread": 0.0}, {"plan_collect": False}, {"plan_samples": 0}])
+def test_without_plans_to_explore_by_there_is_no_novelty(off):
+    agent = make(**{"plan_collect": True} | off)
+    assert agent.novelty is None and agent.parameter_counts["novelty"] == 0
+    assert "loss/novelty" not in agent.update(filled_replay())
+
+
+def test_a_run_without_novelty_can_be_planned_with(tmp_path):
+    """`evaluate.py RUN --samples 64` of an agent that was trained without plans."""
+    trained, planning = make(plan_samples=0, plan_collect=True), make(plan_collect=True)
+    planning.load_state_dict(copy.deepcopy(trained.state_dict()))
+    assert planning.novelty is not None and planning.seeking == 0.0
 
 
 def test_exploration_noise_is_correlated_within_an_episode_only():
@@ -759,7 +827,7 @@ def test_learn_waits_for_the_first_transition():
 
 def test_an_agent_that_was_saved_on_another_kind_of_device_is_restored():
     """A CUDA generator's state is of 16 bytes, which one on the CPU refuses."""
-    first, second = make(plan_collect=True), make(seed=5)
+    first, second = make(plan_collect=True), make(seed=5, plan_collect=True)
     first.act(observations(), explore=True)
     state = copy.deepcopy(first.state_dict()) | {"generator": torch.zeros(16, dtype=torch.uint8)}
     second.load_state_dict(state)
