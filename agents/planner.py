@@ -2,13 +2,12 @@
 
 After TD-MPC2 (2310.16828) and MR.Q (2501.16142): the world model is trained by multi-step latent consistency, reward
 and continuation; value and policy are trained off it, on real latents (with ``imagined_steps`` on imagined ones too),
-by n-step double Q-learning (TD3 style).
+by n-step double Q-learning (TD3 style). Here is how it learns; how it acts stands in agents/acting.py.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agents.acting import ActingAgent
 from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
-from agents.exploration import CorrelatedNoise
-from agents.mppi import PlanBudget, draw, mppi
 from agents.novelty import Novelty
 from agents.optim import EMATarget, FlatAdam
 from loopwm.config import PlannerConfig
@@ -31,13 +29,12 @@ REFRESH = 250  # updates between looks at the replay for the largest priority an
 LEAST_UNIT = 1e-3  # of the values, where hardly any reward has been seen
 
 
-class PlannerAgent:
+class PlannerAgent(ActingAgent):
     """See the module. Implements ``loopwm.training.protocols.Agent``.
 
     Args:
-        world_model, policy, value: on ``device``. obs_dim: O. action_dim: A.
-        config: every coefficient. seed: of exploration, depths and planning.
-        novelty: of latents, which exploring plans look for where all seems alike; None: they do not.
+        world_model: on ``device``; ``ActingAgent`` acts by a slow copy of it, and says what the others are.
+        seed: of exploration, depths and planning.
     """
 
     def __init__(
@@ -53,9 +50,9 @@ class PlannerAgent:
         device: torch.device,
         novelty: Novelty | None = None,
     ):
-        self.world_model, self.policy, self.value = world_model, policy, value
-        self.obs_dim = obs_dim
-        self.action_dim, self.discrete, self.config, self.device = action_dim, policy.discrete, config, device
+        acting = (copy.deepcopy(world_model), policy, value, obs_dim, action_dim, config)
+        super().__init__(*acting, seed=seed, device=device, novelty=novelty)
+        self.world_model = world_model
         self.parameter_counts = {
             "encoder": _count(world_model.encoder),
             "dynamics": _count(world_model.dynamics),
@@ -70,169 +67,16 @@ class PlannerAgent:
         self.value_optimizer = FlatAdam([value], c.learning_rate, c.clip_norm)
         self.policy_optimizer = FlatAdam([policy], c.learning_rate, c.clip_norm)
         self.value_target, self.policy_target = copy.deepcopy(value), copy.deepcopy(policy)
-        self.slow_model = copy.deepcopy(world_model)
         self.targets = {
             "value": EMATarget(self.value_optimizer, self.value_target, c.tau),
             "policy": EMATarget(self.policy_optimizer, self.policy_target, c.tau),
             # The model moves once in ``model_every`` updates, and so does its slow copy: the same pace by the frame.
             "model": EMATarget(self.model_optimizer, self.slow_model, 1.0 - (1.0 - c.model_tau) ** c.model_every),
         }
-        self.novelty = novelty
         if novelty is not None:
             self.novelty_optimizer = FlatAdam([novelty.predictor], c.learning_rate, c.clip_norm)
-        self.seeking = 0.0  # share of the last thousand exploring steps, about, that were after what is new
-        self.generator = torch.Generator(device).manual_seed(seed)
         self.depth_generator = torch.Generator().manual_seed(seed + 1)
         self.updates = 0
-        self.acted = 0  # agent steps chosen while exploring
-        self._noise = CorrelatedNoise(config.explore_correlation)
-
-    def encode(self, obs: Tensor) -> Tensor:
-        """obs (..., O) -> z (..., Z) by the slow copy of the world model.
-
-        Its latents are what the world model learns to predict, and what value, policy and planner see: they move
-        slowly under the value's feet (MR.Q, 2501.16142, holds its encoder fixed between target updates).
-        """
-        return self.slow_model.encode(obs)
-
-    def pair(self, z: Tensor, action: Tensor) -> Tensor:
-        """What the value reads of z (B, ..., Z) and action (B, ..., A): (B, ..., Z + A), or (B, ..., Z + A + D).
-
-        With ``value_loops`` that includes the loop state which the slow model makes of the two, from which it predicts
-        reward and next latent: features of a state and an action that the model has learnt (z_sa of MR.Q, 2501.16142,
-        and of TD7, 2306.02451, whose values read z and a beside it), and the policy's gradient goes through them.
-        """
-        if not self.config.value_loops:
-            return torch.cat([z, action], -1)
-        h = self.slow_model.dynamics(z.flatten(0, -2), action.flatten(0, -2), self.config.value_loops).h
-        h = torch.nn.functional.layer_norm(h, h.shape[-1:])  # of one scale, whatever the loop makes of it
-        return torch.cat([z, action, h.view(*z.shape[:-1], h.shape[-1])], -1)
-
-    def state_value(self, z: Tensor) -> Tensor:
-        """z (B, ..., Z) -> value (B, ...) of what the policy does there, the mean of the ensemble."""
-        return self.value.values(self.pair(z, self.policy(z)[0])).mean(0)
-
-    # ---- acting -------------------------------------------------------------------------------------------------
-
-    @property
-    def budget(self) -> PlanBudget:
-        c = self.config
-        policy_samples = max(1, c.plan_samples // 4)
-        elites = max(1, c.plan_samples // 5)
-        std = self._annealed(c.plan_std, c.plan_std_final)
-        return PlanBudget(c.plan_samples, c.plan_iterations, c.plan_horizon, policy_samples, elites, max_std=std)
-
-    @torch.no_grad()
-    def act(self, obs: np.ndarray, *, first: np.ndarray | None = None, explore: bool = False) -> np.ndarray:
-        """See ``Agent.act``. The first ``seed_steps`` exploring actions are random."""
-        envs = obs.shape[0]
-        if explore:
-            self.acted += envs
-            if self.acted <= self.config.seed_steps:
-                return self._to_env(self._explore(torch.zeros(envs, self.action_dim, device=self.device), first, 1.0))
-        z = self.encode(torch.as_tensor(obs, device=self.device))  # (N, Z)
-        if self.config.plan_samples > 0 and (self.config.plan_collect or not explore):
-            action = self.plan(z, explore)
-        else:
-            action = self.policy(z)[0]  # (N, A)
-        return self._to_env(self._explore(action, first, self._noise_std()) if explore else action)
-
-    def plan(self, z: Tensor, explore: bool = False) -> Tensor:
-        """MPPI from z (N, Z) -> action (N, A), around what the policy would do.
-
-        It starts from the policy's own sequence, not from the previous plan: with a trained policy that search came
-        out worse than the policy it began with (docs/ablations.md). Young policies need a wide one, hence ``plan_std``.
-
-        Where no sequence is worth more than another there is nothing to gain by it. An exploring plan looks for the
-        newest latents there instead, among sequences as wide as the actions, with probability exp(-spread of the
-        scores / ``novelty_spread``).
-        """
-        budget = self.budget
-        with self.slow_model.frozen():
-            prior = self._policy_sequences(z, budget)
-            search = (z, prior, prior[:, :, 0])
-            plan = mppi(*search, self.score, budget, self.generator, self.discrete)
-            if self.novelty is None or not explore:
-                return plan.action
-            flat = torch.exp(-plan.spread / self.config.novelty_spread)  # (N,)
-            seeks = torch.rand(flat.shape, generator=self.generator, device=self.device) < flat
-            self.seeking += 0.001 * (float(seeks.float().mean()) - self.seeking)
-            if not seeks.any():
-                return plan.action
-            wide = dataclasses.replace(budget, max_std=1.0)
-            new = mppi(*search, self.newness, wide, self.generator, self.discrete)
-            return torch.where(seeks.unsqueeze(1), new.action, plan.action)
-
-    def draw_plans(self, z: Tensor) -> Tensor:
-        """The sequences (H, N, S, A) that a plan from z (N, Z) begins with: what it chooses among."""
-        budget = self.budget
-        mean = self._policy_sequences(z, budget)[:, :, 0]  # (H, N, A)
-        std = torch.full_like(mean, budget.max_std)
-        return draw(mean, std, budget.samples, self.generator, self.discrete)
-
-    def _policy_sequences(self, z: Tensor, budget: PlanBudget) -> Tensor:
-        """Imagined policy action sequences (H, N, P, A): the first is the policy's own, the others are perturbed."""
-        rows = z.repeat_interleave(budget.policy_samples, 0)  # (N * P, Z)
-        own = torch.arange(rows.shape[0], device=self.device) % budget.policy_samples == 0
-        actions = []
-        for step in range(budget.horizon):
-            action = self.policy(rows)[0]
-            noisy = self.policy.perturb(action, self.config.plan_policy_std, 1.0, self.generator)
-            actions.append(torch.where(own.unsqueeze(1), action, noisy))
-            if step + 1 < budget.horizon:
-                rows = self.slow_model.dynamics(rows, actions[-1], self._plan_depth()).z_next
-        return torch.stack(actions).view(budget.horizon, z.shape[0], budget.policy_samples, -1)
-
-    def score(self, z: Tensor, actions: Tensor) -> Tensor:
-        """Imagined return (R,) of actions (H, R, A) from z (R, Z), with the value at the end."""
-        rollout = self.slow_model.rollout(z, actions, self._plan_depth())
-        reward, continuation = self.slow_model.predict(rollout.h)  # (H, R)
-        discount = self.config.discount * continuation
-        value = self.state_value(rollout.z[-1])  # (R,)
-        for t in reversed(range(actions.shape[0])):
-            value = reward[t] + discount[t] * value
-        return value
-
-    def newness(self, z: Tensor, actions: Tensor) -> Tensor:
-        """Sum (R,) of the novelties of the latents that actions (H, R, A) lead through from z (R, Z)."""
-        return self.novelty(self.slow_model.rollout(z, actions, self._plan_depth()).z[1:]).sum(0)
-
-    def _plan_depth(self) -> int | None:
-        return self.config.plan_loops or None
-
-    def _noise_std(self) -> float:
-        return self._annealed(self.config.explore_std, self.config.explore_std_final)
-
-    def _annealed(self, start: float, end: float) -> float:
-        """From start to end in a straight line, over ``explore_decay_steps`` exploring steps after the seed phase."""
-        c = self.config
-        share = min(1.0, max(0.0, (self.acted - c.seed_steps) / max(1, c.explore_decay_steps)))
-        return start + share * (end - start)
-
-    def _explore(self, action: Tensor, first: np.ndarray | None, std: float) -> Tensor:
-        """Add noise that is correlated over time; for discrete actions, epsilon-greedy with epsilon = std."""
-        if self.discrete:
-            return self.policy.perturb(action, std, 1.0, self.generator)
-        return (action + std * self._noise(action, first, self.generator)).clamp(-1.0, 1.0)
-
-    def _to_env(self, action: Tensor) -> np.ndarray:
-        action = action.argmax(-1) if self.discrete else action
-        return action.cpu().numpy()
-
-    def encode_action(self, action: np.ndarray) -> np.ndarray:
-        """See ``Agent.encode_action``."""
-        return np.eye(self.action_dim, dtype=np.float32)[action] if self.discrete else action
-
-    def evaluator(self) -> PlannerAgent:
-        """See ``Agent.evaluator``: deterministic, the same plan noise for every evaluation, at most ``eval_samples``.
-
-        More plans make better data, but a trained agent's return no better (docs/ablations.md), and evaluations slow.
-        """
-        view, c = copy.copy(self), self.config
-        view.config = dataclasses.replace(c, plan_samples=min(c.plan_samples, c.eval_samples))
-        view.generator = torch.Generator(self.device).manual_seed(0)
-        view._noise = CorrelatedNoise(c.explore_correlation)
-        return view
 
     # ---- learning -----------------------------------------------------------------------------------------------
 

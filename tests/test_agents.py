@@ -490,7 +490,7 @@ def test_evaluator_sees_later_training():
 
 def test_an_evaluation_plans_with_at_most_its_own_samples(monkeypatch):
     drawn = []
-    monkeypatch.setattr("agents.planner.mppi", lambda *a: drawn.append(a[4].samples) or mppi(*a))
+    monkeypatch.setattr("agents.acting.mppi", lambda *a: drawn.append(a[4].samples) or mppi(*a))
     for samples, most in ((40, 12), (12, 40)):
         agent = make(plan_samples=samples, eval_samples=most, plan_collect=True, seed_steps=0)
         agent.act(observations(), explore=True)
@@ -512,7 +512,7 @@ def test_a_plan_starts_from_the_policys_own_sequence_and_narrows(monkeypatch, di
         spreads.append(budget.max_std)
         return mppi(z, prior, mean, score, budget, *rest)
 
-    monkeypatch.setattr("agents.planner.mppi", spy)
+    monkeypatch.setattr("agents.acting.mppi", spy)
     for acted in (0, 10, 60, 110, 1000):
         agent.acted = acted
         agent.act(observations())
