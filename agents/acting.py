@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
 from agents.exploration import CorrelatedNoise
-from agents.mppi import PlanBudget, draw, mppi
+from agents.mppi import PlanBudget, draw, mppi, score_all
 from agents.novelty import Novelty
 from loopwm.config import PlannerConfig
 from loopwm.model.world_model import WorldModel
@@ -101,25 +101,32 @@ class ActingAgent:
         It starts from the policy's own sequence, not from the previous plan: with a trained policy that search came
         out worse than the policy it began with (docs/ablations.md). Young policies need a wide one, hence ``plan_std``.
 
-        Where no sequence is worth more than another there is nothing to gain by it. An exploring plan looks for the
-        newest latents there instead, among sequences as wide as the actions, with probability exp(-spread of the
-        scores / ``novelty_spread``).
+        Where no sequence is worth more than another there is nothing to gain by it. An exploring plan seeks what is
+        new there instead, with probability exp(-spread of the scores / ``novelty_spread``).
         """
         budget = self.budget
         with self.slow_model.frozen():
             prior = self._policy_sequences(z, budget)
-            search = (z, prior, prior[:, :, 0])
-            plan = mppi(*search, self.score, budget, self.generator, self.discrete)
+            plan = mppi(z, prior, prior[:, :, 0], self.score, budget, self.generator, self.discrete)
             if self.novelty is None or not explore:
                 return plan.action
             flat = torch.exp(-plan.spread / self.config.novelty_spread)  # (N,)
             seeks = torch.rand(flat.shape, generator=self.generator, device=self.device) < flat
             self.seeking += 0.001 * (float(seeks.float().mean()) - self.seeking)
-            if not seeks.any():
-                return plan.action
-            wide = dataclasses.replace(budget, max_std=1.0)
-            new = mppi(*search, self.newness, wide, self.generator, self.discrete)
-            return torch.where(seeks.unsqueeze(1), new.action, plan.action)
+            return torch.where(seeks.unsqueeze(1), self.seek(z), plan.action) if seeks.any() else plan.action
+
+    def seek(self, z: Tensor) -> Tensor:
+        """Of random actions the one (N, A) that leads from z (N, Z) to the newest latents if it is held for some steps.
+
+        Held, since steps of a plan are short: three of them that differ hardly leave the place.
+        """
+        held, count = self.config.novelty_hold, max(1, self.config.plan_samples // 2)
+        like = torch.full(
+            (1, len(z), self.action_dim), 1.0 / self.action_dim if self.discrete else 0.0, device=self.device
+        )
+        tried = draw(like, torch.ones_like(like), count, self.generator, self.discrete)  # (1, N, S, A)
+        newness = score_all(self.newness, z, tried.expand(held, -1, -1, -1))  # (N, S)
+        return tried[0, torch.arange(len(z), device=self.device), newness.argmax(1)]
 
     def draw_plans(self, z: Tensor) -> Tensor:
         """The sequences (H, N, S, A) that a plan from z (N, Z) begins with: what it chooses among."""
