@@ -37,6 +37,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "large_penalty": ("agent.policy_penalty=4e-3",),
     "white_noise": ("agent.explore_std=0.2", "agent.explore_std_final=0.2", "agent.explore_correlation=0"),
     "policy_collects": ("agent.plan_collect=false",),
+    "no_novelty": ("agent.novelty_spread=0",),
     "policy_alone": ("agent.plan_samples=0",),
     "fewer_plans": ("agent.plan_samples=64",),
     "more_plans": ("agent.plan_iterations=3",),

@@ -424,6 +424,20 @@ def test_where_all_sequences_are_worth_the_same_an_exploring_plan_takes_the_newe
     assert (agent.plan(z, explore=True)[:, 0] < 0.3).all() and agent.seeking < 0.001
 
 
+@KINDS
+def test_what_is_new_is_sought_by_actions_that_are_held(monkeypatch, discrete):
+    agent, z, seen = make(discrete, plan_collect=True, novelty_hold=7), torch.randn(N, 6), []
+    newness = agent.newness
+    monkeypatch.setattr(agent, "newness", lambda z, actions: seen.append((z, actions)) or newness(z, actions))
+    action = agent.seek(z)
+    (rows, tried), count = seen[0], SMALL["plan_samples"] // 2
+    assert tried.shape == (7, N * count, A) and (tried == tried[0]).all()
+    with torch.no_grad():
+        found = torch.stack([agent.novelty(step) for step in agent.slow_model.rollout(rows, tried, 2).z[1:]]).sum(0)
+    best = found.view(N, count).argmax(1)
+    torch.testing.assert_close(action, tried[0].view(N, count, A)[torch.arange(N), best])
+
+
 def test_every_env_looks_for_what_is_new_on_its_own_account(monkeypatch):
     agent, z = make(plan_collect=True, plan_samples=400), torch.tensor([[1.0] * 6, [0.0] * 6])
     monkeypatch.setattr(agent, "newness", lambda z, actions: actions[0, :, 0])
