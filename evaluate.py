@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
-    looping = cfg.dynamics.name == "looped" and cfg.agent.plan_samples > 0
+    looping = cfg.dynamics.name == "looped" and min(cfg.agent.plan_samples, cfg.agent.eval_samples) > 0
     summary = {
         "run_dir": str(args.run_dir),
         "task": cfg.task.id,

@@ -119,7 +119,6 @@ class PlannerAgent(ActingAgent):
             z = self.encode(batch.obs[0])  # (B, Z)
             z_end = self.encode(batch.obs[n])  # (B, Z); the last row of shorter sequences, by padding
             target = self._value_target(z_end, batch.reward[:n], batch.terminated[:n], batch.mask[:n])  # (B,)
-            real = z
             rows = [z, batch.action[0], target, torch.ones_like(target)]
             if c.imagined_steps:
                 imagined = self._imagined_rows(z, batch)
@@ -128,10 +127,10 @@ class PlannerAgent(ActingAgent):
             pair = self.pair(z, taken)
         metrics, out = self._update_value(pair, target, weight)
         if self.novelty is not None:
-            metrics |= self._update_novelty(real)
+            metrics |= self._update_novelty(z[: len(batch.start)])  # the real ones come first
         if c.priority:
-            first = slice(len(batch.start))
-            error = (self.value.code.decode(out[:, first]) - target[first]).abs().amax(0)  # (B,), the larger of two
+            real = slice(len(batch.start))
+            error = (self.value.code.decode(out[:, real]) - target[real]).abs().amax(0)  # (B,), the larger of two
             self._prioritise(replay, batch.start, error)
         if self.updates % c.policy_every == 0:
             metrics |= self._update_policy(z, weight)
@@ -257,12 +256,11 @@ class PlannerAgent(ActingAgent):
         z = self.encode(torch.as_tensor(batch.obs[0], device=self.device))
         action = torch.as_tensor(batch.action[0], device=self.device)
         dynamics = self.slow_model.dynamics
+        # Plans have a depth of their own; with plan_loops=0 each of their predictions chooses, as ``adaptive`` shows.
         adaptive, trained = dynamics(z, action), dynamics(z, action, dynamics.mean_loops)
         planned = dynamics(z, action, self._plan_depth()).loops.double()  # (B,)
         found = {
-            "loop/mean": float(
-                planned.mean()
-            ),  # of a plan's predictions; adaptive: where each chooses, as with plan_loops=0
+            "loop/mean": float(planned.mean()),  # in a plan's predictions
             "loop/adaptive_mean": float(adaptive.loops.double().mean()),
             "loop/adaptive_max": float(adaptive.loops.max()),
             "loop/adaptive_residual": float(adaptive.residual.mean()),
