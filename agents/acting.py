@@ -44,6 +44,7 @@ class ActingAgent:
         self.action_dim, self.discrete, self.config, self.device = action_dim, policy.discrete, config, device
         self.generator = torch.Generator(device).manual_seed(seed)
         self.acted = 0  # agent steps chosen while exploring
+        self.largest_reward = torch.zeros((), device=device)  # in size, that was learnt from
         self.seeking = 0.0  # share of the last thousand exploring steps, about, that were after what is new
         self._noise = CorrelatedNoise(config.explore_correlation)
 
@@ -102,7 +103,8 @@ class ActingAgent:
         out worse than the policy it began with (docs/ablations.md). Young policies need a wide one, hence ``plan_std``.
 
         Where no sequence is worth more than another there is nothing to gain by it. An exploring plan seeks what is
-        new there instead, with probability exp(-spread of the scores / ``novelty_spread``).
+        new there instead, with probability exp(-spread of the scores / ``novelty_spread``): in units of the largest
+        reward where that is below one, lest an environment of small rewards be explored for ever.
         """
         budget = self.budget
         with self.slow_model.frozen():
@@ -110,7 +112,8 @@ class ActingAgent:
             plan = mppi(z, prior, prior[:, :, 0], self.score, budget, self.generator, self.discrete)
             if self.novelty is None or not explore:
                 return plan.action
-            flat = torch.exp(-plan.spread / self.config.novelty_spread)  # (N,)
+            unit = torch.where(self.largest_reward > 0.0, self.largest_reward.clamp_max(1.0), 1.0)
+            flat = torch.exp(-plan.spread / (self.config.novelty_spread * unit))  # (N,)
             seeks = torch.rand(flat.shape, generator=self.generator, device=self.device) < flat
             self.seeking += 0.001 * (float(seeks.float().mean()) - self.seeking)
             return torch.where(seeks.unsqueeze(1), self.seek(z), plan.action) if seeks.any() else plan.action

@@ -127,6 +127,7 @@ class PlannerAgent(ActingAgent):
             pair = self.pair(z, taken)
         metrics, out = self._update_value(pair, target, weight)
         if self.novelty is not None:
+            self.largest_reward = torch.maximum(self.largest_reward, batch.reward.abs().amax())
             metrics |= self._update_novelty(z[: len(batch.start)])  # the real ones come first
         if c.priority:
             real = slice(len(batch.start))
@@ -308,6 +309,7 @@ class PlannerAgent(ActingAgent):
             self.novelty_optimizer.load_state_dict(state["novelty"]["optimizer"])
             self.novelty.random.load_state_dict(state["novelty"]["random"])
             self.seeking = state["novelty"]["seeking"]
+            self.largest_reward = state["novelty"]["largest_reward"].to(self.device)
         self._noise.state = None if state["noise"] is None else state["noise"].to(self.device)
 
     def _optimizers(self) -> dict[str, FlatAdam]:
@@ -315,7 +317,8 @@ class PlannerAgent(ActingAgent):
 
     def _novelty_state(self) -> dict[str, Any]:
         random = {name: tensor.clone() for name, tensor in self.novelty.random.state_dict().items()}
-        return {"optimizer": self.novelty_optimizer.state_dict(), "random": random, "seeking": self.seeking}
+        seen = {"seeking": self.seeking, "largest_reward": self.largest_reward}
+        return seen | {"optimizer": self.novelty_optimizer.state_dict(), "random": random}
 
 
 def _count(module: torch.nn.Module) -> int:

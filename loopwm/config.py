@@ -171,7 +171,7 @@ class PlannerConfig(Section):
     plan_std_final: Share = 0.15  # its last spread, reached with explore_decay_steps, action units
     plan_loops: Whole = 4  # loops in each prediction while planning; 0: adaptive
     plan_policy_std: NonNegative = 0.2  # spread of the perturbed policy sequences of a plan, action units
-    novelty_spread: NonNegative = 0.005  # of a plan's scores, below which exploring seeks new latents, return; 0: never
+    novelty_spread: NonNegative = 0.005  # of a plan's scores: so alike, exploring seeks new latents, return; 0: never
     novelty_hold: Count = 20  # for how long the action is held by which it seeks them, agent steps
     plan_collect: bool = True  # plan while collecting training data too, yes or no; no: the policy collects
 

@@ -438,6 +438,31 @@ def test_what_is_new_is_sought_by_actions_that_are_held(monkeypatch, discrete):
     torch.testing.assert_close(action, tried[0].view(N, count, A)[torch.arange(N), best])
 
 
+def test_small_rewards_do_not_count_as_none(monkeypatch):
+    """Scores 0.0005 apart: next to nothing where rewards are of one, and all there is where they are of 0.001."""
+    agent, z = make(plan_collect=True, plan_samples=400), torch.randn(N, 6)
+    monkeypatch.setattr(agent, "newness", lambda z, actions: actions[0, :, 0])
+    monkeypatch.setattr(agent, "score", lambda z, actions: -1e-3 * actions[0, :, 0])
+    seeking = []
+    for largest in (0.0, 5.0, 1e-3):
+        agent.seeking, agent.largest_reward = 0.0, torch.tensor(largest)
+        for _ in range(20):
+            agent.plan(z, explore=True)
+        seeking.append(agent.seeking / 0.02)  # share of steps, about
+    assert seeking[0] > 0.7 and seeking[1] > 0.7 and seeking[2] < 0.05
+
+
+def test_the_largest_reward_is_learnt_from_the_replay_and_kept():
+    agent, other = make(plan_collect=True), make(plan_collect=True)
+    replay = filled_replay()
+    for _ in range(20):
+        agent.update(replay)
+    largest = agent.largest_reward
+    assert 0.5 < largest <= max(abs(r) for r in replay.reward.ravel())
+    other.load_state_dict(copy.deepcopy(agent.state_dict()))
+    assert other.largest_reward == largest
+
+
 def test_every_env_looks_for_what_is_new_on_its_own_account(monkeypatch):
     agent, z = make(plan_collect=True, plan_samples=400), torch.tensor([[1.0] * 6, [0.0] * 6])
     monkeypatch.setattr(agent, "newness", lambda z, actions: actions[0, :, 0])
