@@ -180,7 +180,7 @@ class Control(VectorTask):
         return act
 
     def policy_run(self) -> Path:
-        """The agent whose actions these are: seed 0 of docs/results.md's first table, trained where there is none yet."""
+        """The agent whose actions these are: seed 0 of docs/results.md's first table, trained if need be."""
         settings = ["eval_episodes=10", "eval_every=20000", "agent.novelty_spread=0"]
         return train_agent(*training_run(self.runs, self.env_id, "looped", 0, 100_000, settings))
 
