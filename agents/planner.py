@@ -126,11 +126,11 @@ class PlannerAgent(ActingAgent):
             z, taken, target, weight = rows
             pair = self.pair(z, taken)
         metrics, out = self._update_value(pair, target, weight)
+        real = slice(len(batch.start))  # they come first
         if self.novelty is not None:
             self.largest_reward = torch.maximum(self.largest_reward, batch.reward.abs().amax())
-            metrics |= self._update_novelty(z[: len(batch.start)])  # the real ones come first
+            metrics |= self._update_novelty(z[real])
         if c.priority:
-            real = slice(len(batch.start))
             error = (self.value.code.decode(out[:, real]) - target[real]).abs().amax(0)  # (B,), the larger of two
             self._prioritise(replay, batch.start, error)
         if self.updates % c.policy_every == 0:
@@ -259,9 +259,9 @@ class PlannerAgent(ActingAgent):
         dynamics = self.slow_model.dynamics
         # Plans have a depth of their own; with plan_loops=0 each of their predictions chooses, as ``adaptive`` shows.
         adaptive, trained = dynamics(z, action), dynamics(z, action, dynamics.mean_loops)
-        planned = dynamics(z, action, self._plan_depth()).loops.double()  # (B,)
+        planned = dynamics(z, action, self.config.plan_loops) if self.config.plan_loops else adaptive
         found = {
-            "loop/mean": float(planned.mean()),  # in a plan's predictions
+            "loop/mean": float(planned.loops.double().mean()),  # in a plan's predictions
             "loop/adaptive_mean": float(adaptive.loops.double().mean()),
             "loop/adaptive_max": float(adaptive.loops.max()),
             "loop/adaptive_residual": float(adaptive.residual.mean()),

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import yaml
 
-from loopwm.schema import ConfigError, Matches, OneOf, Section, Within, build, section_of
+from loopwm.schema import ConfigError, Matches, OneOf, Section, Within, build, leaves
 from loopwm.words import compose_groups, split, unknown
 
 Scalar = bool | int | float | str
@@ -110,16 +110,14 @@ class DynamicsConfig(Section):
             if getattr(self, name) > self.max_loops:
                 most = f"dynamics.max_loops={self.max_loops}"
                 raise ConfigError(f"dynamics.{name}={getattr(self, name)}: must be at most {most}")
-        for name, value in (("halting", "certified"), ("gradient", "implicit")):
-            if getattr(self, name) == value and self.name != "looped":
-                raise ConfigError(f"dynamics.{name}={value}: needs dynamics=looped")
         if self.min_loops > self.mean_loops:
             raise ConfigError(
                 f"dynamics.min_loops={self.min_loops}: must be at most dynamics.mean_loops={self.mean_loops}"
             )
         for name, value in (("halting", "certified"), ("gradient", "implicit")):
-            if getattr(self, name) == value and self.mode != "certified":
-                raise ConfigError(f"dynamics.{name}={value}: needs dynamics.mode=certified")
+            if getattr(self, name) == value and (self.name != "looped" or self.mode != "certified"):
+                needed = "dynamics=looped" if self.name != "looped" else "dynamics.mode=certified"
+                raise ConfigError(f"dynamics.{name}={value}: needs {needed}")
         if self.gradient == "implicit" and self.order == "aabb":
             raise ConfigError("dynamics.order=aabb: dynamics.gradient=implicit needs dynamics.order=abab")
 
@@ -302,10 +300,4 @@ def _built(tree: object) -> Config:
 @cache
 def _keys() -> tuple[str, ...]:
     """All dotted keys that hold a value."""
-    return tuple(_leaves(Config))
-
-
-def _leaves(cls: type[Section]) -> Iterator[str]:
-    for item in fields(cls):
-        inner = section_of(cls, item.name)
-        yield from _leaves(inner) if inner else [f"{cls.SECTION}.{item.name}".lstrip(".")]
+    return tuple(key for key, _, _ in leaves(Config))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
+from functools import cache
 
-from loopwm import config
-from loopwm.schema import Section, section_of
+from loopwm.config import Config
+from loopwm.schema import Section, leaves
 from loopwm.words import groups
 
 FIELD = re.compile(r"^    (\w+): .*?  # (.*)$", re.MULTILINE)  # name: Type = default  # meaning
@@ -22,17 +23,16 @@ def usage() -> str:
         "task=dmc/<domain>-<task> or task=gym/<Gymnasium id>\n"
         f"{choices}\n"
     )
-    return "\n".join([head, *settings(config.Config), ""])
+    return "\n".join([head, *_settings(), ""])
 
 
-def settings(section: type[Section]) -> Iterator[str]:
-    """``key=default  meaning`` of every field of a section and of those inside it."""
-    meanings = dict(FIELD.findall(inspect.getsource(section)))
-    for item in fields(section):
-        inner = section_of(section, item.name)
-        if inner is not None:
-            yield from settings(inner)
-            continue
-        key = f"{section.SECTION}.{item.name}" if section.SECTION else item.name
+def _settings() -> Iterator[str]:
+    """``key=default  meaning`` of every setting."""
+    for key, section, item in leaves(Config):
         default = "" if item.default is MISSING else item.default
-        yield f"  {key + '=' + str(default):34s} {meanings[item.name]}"
+        yield f"  {key + '=' + str(default):34s} {_meanings(section)[item.name]}"
+
+
+@cache
+def _meanings(section: type[Section]) -> dict[str, str]:
+    return dict(FIELD.findall(inspect.getsource(section)))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
 from typing import Any, ClassVar, NamedTuple, TypeVar, get_type_hints
 
@@ -75,8 +75,8 @@ class Section:
     SECTION: ClassVar[str] = ""  # the name of the part in dotted keys
 
     def __post_init__(self) -> None:
-        for name, kind in kinds(type(self)).items():
-            value = _parse(join(self.SECTION, name), kind, getattr(self, name))
+        for name, kind in _kinds(type(self)).items():
+            value = _parse(_join(self.SECTION, name), kind, getattr(self, name))
             object.__setattr__(self, name, value)  # the one write; the instance is frozen from here on
         self.check()
 
@@ -91,29 +91,33 @@ def build(cls: type[T], tree: object, unknown: Callable[[str], ConfigError]) -> 
     """
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{cls.SECTION or 'the config'} must be a mapping of keys to values, not {tree!r}")
-    types = kinds(cls)
+    types = _kinds(cls)
     for key in tree:
         if key not in types:
-            raise unknown(join(cls.SECTION, str(key)))
+            raise unknown(_join(cls.SECTION, str(key)))
     for item in fields(cls):
         required = item.default is MISSING and item.default_factory is MISSING
         if required and item.name not in tree:
-            raise ConfigError(f"{join(cls.SECTION, item.name)} is missing")
-    return cls(**{key: build(types[key], v, unknown) if is_section(types[key]) else v for key, v in tree.items()})
+            raise ConfigError(f"{_join(cls.SECTION, item.name)} is missing")
+    return cls(**{key: build(types[key], v, unknown) if _is_section(types[key]) else v for key, v in tree.items()})
 
 
-def section_of(cls: type[Section], name: str) -> type[Section] | None:
-    """The section that the field ``name`` of a section is; None for a value."""
-    kind = kinds(cls)[name]
-    return kind if is_section(kind) else None
+def leaves(cls: type[Section]) -> Iterator[tuple[str, type[Section], Field]]:
+    """(dotted key, section, field) of everything that holds a value, in a section and those inside it."""
+    for item in fields(cls):
+        kind = _kinds(cls)[item.name]
+        if _is_section(kind):
+            yield from leaves(kind)
+        else:
+            yield _join(cls.SECTION, item.name), cls, item
 
 
-def is_section(kind: Any) -> bool:
+def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Section)
 
 
 @cache
-def kinds(cls: type[Section]) -> dict[str, Any]:
+def _kinds(cls: type[Section]) -> dict[str, Any]:
     """Field name -> its annotated type."""
     hints = get_type_hints(cls, include_extras=True)
     return {item.name: hints[item.name] for item in fields(cls)}
@@ -122,7 +126,7 @@ def kinds(cls: type[Section]) -> dict[str, Any]:
 def _parse(key: str, kind: Any, value: Any) -> Any:
     """`value` as the type of the field `key`, within its rules."""
     base, rules = (kind.__origin__, kind.__metadata__) if hasattr(kind, "__metadata__") else (kind, ())
-    if is_section(base):
+    if _is_section(base):
         if not isinstance(value, base):
             raise ConfigError(f"{key} must be a {base.__name__}, not {value!r}")
         return value
@@ -196,7 +200,7 @@ def last_part(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def join(section: str, name: str) -> str:
+def _join(section: str, name: str) -> str:
     return f"{section}.{name}" if section else name
 
 
