@@ -15,9 +15,9 @@ from torch import nn
 
 from loopwm.dynamics.architecture import BLOCKS, Architecture
 from loopwm.dynamics.base import Dynamics, DynamicsOutput
-from loopwm.dynamics.cell import MODES
+from loopwm.dynamics.cell import MODES, Cell
 from loopwm.dynamics.controls import DeepThinDynamics, SinglePassDynamics, StackedDynamics, WideDynamics
-from loopwm.dynamics.depth import DEPTH_SAMPLERS, DepthSchedule
+from loopwm.dynamics.depth import DEPTH_SAMPLERS, DepthSchedule, sample_depths
 from loopwm.dynamics.gradients import GRADIENTS, ImplicitGradient, UnrolledGradient
 from loopwm.dynamics.halting import HALTING
 from loopwm.dynamics.halting.gate import DropForecast, GateHalting, gate_loss
@@ -31,6 +31,7 @@ from loopwm.dynamics.halting.steps import (
 )
 from loopwm.dynamics.layers import ORDERS
 from loopwm.dynamics.looped import LoopedDynamics
+from loopwm.dynamics.penalty import jacobian_penalty
 from loopwm.dynamics.solvers import SOLVERS, AndersonSolver, PlainSolver
 
 DYNAMICS: dict[str, type[nn.Module]] = {
@@ -52,6 +53,7 @@ __all__ = [
     "SOLVERS",
     "AndersonSolver",
     "Architecture",
+    "Cell",
     "CertifiedHalting",
     "DeepThinDynamics",
     "DepthSchedule",
@@ -75,4 +77,6 @@ __all__ = [
     "UnrolledGradient",
     "WideDynamics",
     "gate_loss",
+    "jacobian_penalty",
+    "sample_depths",
 ]

@@ -65,6 +65,7 @@ class Architecture:
 
     @property
     def kind(self) -> type[Cell]:
+        """The cell of this block."""
         return BLOCKS[self.block]
 
     @property
@@ -78,9 +79,11 @@ class Architecture:
         return self.kind.width_multiple(self.hidden_dim)
 
     def make_prelude(self) -> Prelude:
+        """(z, action) -> the injected input e."""
         return self.kind.prelude(self.latent_dim, self.action_dim, self.hidden_dim, self.prelude_layers)
 
     def make_start(self) -> nn.Module:
+        """z -> the first state h0."""
         return self.kind.start(self.latent_dim, self.hidden_dim)
 
     def make_block(self) -> Cell | RepeatedBlock:
@@ -94,4 +97,5 @@ class Architecture:
         return self.kind(self.hidden_dim, width, self.mode, self.gamma, self.injection, self.activation)
 
     def make_coda(self) -> Coda:
+        """(z, h) -> the next latent."""
         return self.kind.coda(self.hidden_dim, self.latent_dim, self.latent_norm, self.coda_layers)

@@ -101,7 +101,7 @@ ROUNDING = 8.0  # of one loop, in units of eps ||h||: at most 4 was measured, ov
 def rounding_error(h: Tensor, order: float = 2.0) -> Tensor:
     """(B,) how far one loop that is computed in the dtype of h (B, ...) may end from the exact one, in the same norm.
 
-    An allowance with room to spare, not a proven bound; see ``ROUNDING``.
+    An allowance with room to spare where no term of a loop is much larger than h, not a proven bound; see ``ROUNDING``.
     """
     return ROUNDING * torch.finfo(h.dtype).eps * sample_norm(h, order)
 
@@ -164,7 +164,8 @@ class Prelude(nn.Module):
         self.layers = nn.Sequential(*modules)
 
     def forward(self, z: Tensor, action: Tensor) -> Tensor:
-        return self.layers(torch.cat([z, action], -1))  # (B, D)
+        """z (B, Z), action (B, A) -> e (B, D)."""
+        return self.layers(torch.cat([z, action], -1))
 
 
 def make_start(latent_dim: int, hidden_dim: int, linear: type[nn.Linear] = nn.Linear) -> nn.Module:
@@ -203,4 +204,5 @@ class Coda(nn.Module):
         return self.out(h if self.hidden is None else self.hidden(h))
 
     def forward(self, z: Tensor, h: Tensor) -> Tensor:
-        return self.latent_norm(z + self.step(h))  # (B, Z)
+        """z (B, Z), h (B, D) -> z' (B, Z)."""
+        return self.latent_norm(z + self.step(h))

@@ -25,9 +25,13 @@ class Loop(Protocol):
 
     def __call__(self, h: Tensor) -> Tensor: ...
 
-    def first(self, rows: int) -> Loop: ...
+    def first(self, rows: int) -> Loop:
+        """The same loop on the first ``rows`` samples."""
+        ...
 
-    def select(self, index: Tensor) -> Loop: ...
+    def select(self, index: Tensor) -> Loop:
+        """The same loop on the samples ``index`` (n,)."""
+        ...
 
 
 class Mode(NamedTuple):
@@ -46,6 +50,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "silu": (nn.functional.silu, 1.09984),
 }
 FoldedWeights = tuple[Tensor, "Tensor | float", Tensor, Tensor]  # Abar, Bbar, W1, g W2
+SINGULAR_VALUE_ERROR = 1e-12  # relative, in float64: a few hundred roundings
 DECAY_INIT = math.sqrt(1.0 / 5.0)  # Parcae (2604.12946): the linear path forgets h0 at this rate per loop
 
 
@@ -136,13 +141,17 @@ class Cell(nn.Module):
         """The loops to run one after the other: of a single layer, one."""
         return [self.prepare(e)]
 
-    def norms(self) -> list[Tensor]:
-        """Operator norms (), float64, of the weights between h and R: their product times Lip(s) bounds that of R."""
+    def norms(self, folded: tuple) -> list[Tensor]:
+        """Operator norms (), float64, of the folded weights: their product times Lip(s) bounds Rbar's constant."""
         raise NotImplementedError
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Inside, the parameters do not change: normalise and fold them once, not once per prediction."""
+        """Inside, the parameters must not change: they are normalised and folded once, not once per prediction.
+
+        A loop in here goes on with the weights that were there at the beginning, whatever becomes of them; and what is
+        folded is part of a gradient's graph, which ``copy.deepcopy`` refuses.
+        """
         before, self._folded = self._folded, self.fold()
         try:
             yield
@@ -153,11 +162,15 @@ class Cell(nn.Module):
     def lipschitz_bound(self) -> float:
         """Upper bound on |dh'/dh|, by exact singular values in float64.
 
-        In mode ``certified`` it is below one at every moment of training in float32 or float64 (in 16 bits Abar itself
-        rounds to one); in the others it is as true, and may be any number.
+        Of the weights that a loop multiplies by, as they are rounded to their dtype. In mode ``certified`` it is below
+        one at every moment of training, as long as 1 - gamma is far above that dtype's rounding; in the others it is
+        as true, and may be any number. Infinite once a weight is no finite number.
         """
-        decay = self.decay().double().max()
-        return float(decay + math.prod(self.norms(), start=float(self.block_scale(decay)) * self.activation_lipschitz))
+        folded = self.fold()
+        if not all(bool(part.isfinite().all()) for part in folded if isinstance(part, Tensor)):
+            return math.inf
+        block = math.prod((float(norm) for norm in self.norms(folded)), start=self.activation_lipschitz)
+        return (float(folded[0].double().max()) + block) * (1.0 + SINGULAR_VALUE_ERROR)
 
 
 class LoopCell(Cell):
@@ -188,8 +201,8 @@ class LoopCell(Cell):
         constant, injected = e * input_scale, self.inject(e)  # (B, D), (B, W)
         return PreparedLoop(decay, constant, injected, read, write, self.activation)
 
-    def norms(self) -> list[Tensor]:
-        return [torch.linalg.matrix_norm(m.weight.double(), 2) for m in (self.read, self.write)]
+    def norms(self, folded: FoldedWeights) -> list[Tensor]:
+        return [torch.linalg.matrix_norm(matrix.double(), 2) for matrix in folded[2:]]
 
 
 class PreparedLoop:
@@ -199,6 +212,7 @@ class PreparedLoop:
 
     @property
     def fused(self) -> bool:
+        """See ``Loop``: the one node's backward pass is written for ReLU."""
         return self.activation is torch.relu
 
     def __init__(self, decay, constant, injected, read, write, activation):

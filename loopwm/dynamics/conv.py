@@ -53,6 +53,9 @@ class ConvCell(Cell):
     W1 is a 3 x 3 convolution to W = ``block_dim`` channels, zero-padded; U, b and W2 are 1 x 1; Abar and Bbar are one
     number a channel. In mode ``certified`` W1 and W2 have operator norms of at most one on a grid of any size S (see
     ``spectral_conv``). The rest: see ``Cell``.
+
+    On a GPU torch computes float32 convolutions in TF32 unless ``torch.backends.cudnn.allow_tf32`` is False: 10 bits,
+    which the allowance for rounding in ``distance_to_fixed_point`` does not cover.
     """
 
     prelude, coda = GridPrelude, GridCoda
@@ -84,9 +87,9 @@ class ConvCell(Cell):
         decay, input_scale, read, write = self._folded or self.fold()
         return ConvLoop(decay, e * input_scale, self.inject(e), read, write, self.activation)
 
-    def norms(self) -> list[Tensor]:
-        write = torch.linalg.matrix_norm(self.write.weight.double(), 2)
-        return [convolution_norm(self.read.weight.double()), write]
+    def norms(self, folded: FoldedWeights) -> list[Tensor]:
+        *_, read, write = folded
+        return [convolution_norm(read.double()), torch.linalg.matrix_norm(write[:, :, 0, 0].double(), 2)]
 
 
 class ConvLoop(PreparedLoop):

@@ -16,11 +16,13 @@ class DepthSchedule:
         depth: (B,) integers >= 1, any order. A descending order (what the samplers give) needs no permutation.
 
     Raises:
-        ValueError: a depth below one, or a tensor that is not one-dimensional.
+        ValueError: a depth below one, no depth at all, or a tensor that is not one-dimensional.
     """
 
     def __init__(self, depth: Tensor):
-        if depth.ndim != 1 or depth.numel() == 0 or depth.is_floating_point() or depth.dtype == torch.bool:
+        if depth.numel() == 0:
+            raise ValueError("depth must hold one integer for each sample, got none")
+        if depth.ndim != 1 or depth.is_floating_point() or depth.dtype == torch.bool:
             raise ValueError(f"depth must be a (B,) tensor of integers, got {tuple(depth.shape)} {depth.dtype}")
         values = depth.cpu()
         if int(values.min()) < 1:

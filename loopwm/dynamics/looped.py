@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loopwm.dynamics.adaptive import LoopResult, loop_adaptive
 from loopwm.dynamics.architecture import Architecture
 from loopwm.dynamics.base import Depth, DynamicsOutput, banach_distance, first_state, relative_step, sample_norm
-from loopwm.dynamics.cell import MODES, Loop
+from loopwm.dynamics.cell import MODES, Cell, Loop
 from loopwm.dynamics.depth import DepthSchedule, check_sampler, sample_depths
 from loopwm.dynamics.gradients import GRADIENTS
 from loopwm.dynamics.halting import HaltingRule, make_halting
@@ -79,7 +79,7 @@ class LoopedDynamics(nn.Module):
         parts = Architecture(latent_dim, action_dim, hidden_dim, **architecture)
         self.prelude, self.start = parts.make_prelude(), parts.make_start()
         self.cell, self.coda = parts.make_block(), parts.make_coda()
-        self._bound: tuple[list[Tensor], float] | None = None
+        self._bound: tuple[list[Tensor], list[float], float] | None = None  # weights and gammas, and their bound
         self.solver, self.gradient = SOLVERS[solver](), GRADIENTS[gradient]()
         self.gradient.check(self)
         self.halting = make_halting(halting, self, halt_tolerance, patience)
@@ -222,9 +222,10 @@ class LoopedDynamics(nn.Module):
         singular values: no other sign of a change (version counters, say) is safe from writes through ``.data``.
         """
         weights = [p.detach() for p in self.cell.parameters()]
-        if self._bound is None or not _same(weights, self._bound[0]):
-            self._bound = ([w.clone() for w in weights], self.cell.lipschitz_bound())
-        return self._bound[1]
+        shares = [cell.gamma for cell in self.cell.modules() if isinstance(cell, Cell)]
+        if self._bound is None or shares != self._bound[1] or not _same(weights, self._bound[0]):
+            self._bound = ([w.clone() for w in weights], shares, self.cell.lipschitz_bound())
+        return self._bound[2]
 
     def require_certificate(self, what: str) -> None:
         """Raises ValueError unless the cell contracts by construction."""
@@ -237,6 +238,8 @@ class LoopedDynamics(nn.Module):
         In the norm of order ``cell.norm_order``: Euclidean, or the largest entry with block ``rank``. Infinite where
         the cell is not certified to contract. h* is that of the loop with its weights as they are rounded; what
         rounding does to one loop is allowed for (``rounding_error``), so in float32 the distance never falls to zero.
+        That allowance is of the size of h: where the input terms of a loop are a thousand times larger and cancel each
+        other (a bias of ``inject`` of 1e3, say), their rounding is not covered. Contraction itself always is.
         """
         return banach_distance(self.lipschitz_bound(), h, step, self.cell.norm_order)
 

@@ -23,4 +23,4 @@ def jacobian_penalty(loop: Loop, h: Tensor, generator: torch.Generator | None = 
         after = loop(at)
         v = torch.randn(h.shape, generator=generator, dtype=h.dtype).to(h.device)
         (product,) = torch.autograd.grad(after, at, v, create_graph=True)
-    return sample_norm(product).square() / h[0].numel()
+    return sample_norm(product).square() / h.shape[1:].numel()

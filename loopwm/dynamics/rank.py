@@ -24,18 +24,27 @@ from torch.nn.utils import parametrize
 
 from loopwm.dynamics.cell import MODES, Cell
 from loopwm.dynamics.conv import GridCoda, GridLinear, GridPrelude
+from loopwm.dynamics.spectral import check_precision
 
 SOURCES = 5  # the cell itself and the order statistics of its four neighbours
 SORT_FOUR = ((0, 1), (2, 3), (0, 2), (1, 3), (1, 2))  # comparators that sort four values, largest first
+ROW_MARGIN = 1e-5  # the rounding of a sum of a few hundred float32 numbers, and of the quotients
 DECAY_INIT = 0.05  # a wave front has to pass in one loop: what the linear path keeps of the past holds it back
 START_WEIGHT = 0.9  # of the one source that a piece looks at before training; the rest is spread thinly
 
 
 class UnitRowSum(nn.Module):
-    """Parametrisation: divides the rows of a matrix whose absolute sum is above one by that sum."""
+    """Parametrisation: divides the rows of a matrix whose absolute sum is above one by that sum.
+
+    Raises:
+        TypeError: see ``check_precision``.
+    """
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight / weight.abs().sum(1, keepdim=True).clamp_min(1.0)
+        """weight (m, n) -> (m, n) whose rows have absolute sums of at most one."""
+        check_precision(weight)
+        total = weight.abs().sum(1, keepdim=True) * (1.0 + ROW_MARGIN)
+        return weight / total.clamp_min(1.0)
 
 
 class ZeroStart(nn.Module):
@@ -46,6 +55,7 @@ class ZeroStart(nn.Module):
         self.hidden_dim = hidden_dim
 
     def forward(self, z: Tensor) -> Tensor:
+        """z (B, Z, S, S) -> zeros (B, D, S, S)."""
         return z.new_zeros(z.shape[0], self.hidden_dim, *z.shape[2:])
 
 
@@ -108,10 +118,11 @@ class RankCell(Cell):
 
     @torch.no_grad()
     def lipschitz_bound(self) -> float:
-        """Upper bound on |dh'/dh| in the sup norm: the largest absolute row sum, in float64."""
-        decay = self.decay().double()
-        sums = self.read.weight.double().abs().sum(1).view(-1, len(decay)).amax(0)  # (D,) the worst of K pieces
-        return float((decay + self.block_scale(decay) * sums).max())
+        """Upper bound on |dh'/dh| in the sup norm: the largest absolute row sum of the rounded weights, in float64."""
+        decay, _, read, scale = (part.double() if isinstance(part, Tensor) else part for part in self.fold())
+        sums = read.abs().sum(1).view(-1, len(decay)).amax(0)  # (D,) the worst of K pieces
+        bound = float((decay + scale * sums).max())
+        return bound if math.isfinite(bound) else math.inf
 
 
 class RankLoop:

@@ -15,6 +15,12 @@ ROUNDS = 3  # of two squarings each: the excess is at most r ** (1 / 2**8), 1.6 
 ROUNDING_MARGIN = 1e-4  # float32 rounding of six squarings, measured below 1e-5 relative
 
 
+def check_precision(weight: Tensor) -> None:
+    """Raises TypeError in 16 bits, where no bound on a norm survives rounding."""
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"mode 'certified' needs weights in float32 or float64, got {weight.dtype}")
+
+
 def _gram_power(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return (bound (), G_6 up to scale (r, r)), r the shorter side of weight (m, n)."""
     short = weight if weight.shape[0] >= weight.shape[1] else weight.t()
@@ -37,8 +43,10 @@ def _gram_power(weight: Tensor) -> tuple[Tensor, Tensor]:
 def spectral_norm_bound(weight: Tensor) -> Tensor:
     """Upper bound () on the spectral norm of ``weight`` (m, n); never below it, in float32 and float64.
 
-    In 16 bits the squarings round by more than the margin.
+    Raises:
+        TypeError: in 16 bits, where the squarings round by more than the margin.
     """
+    check_precision(weight)
     return _gram_power(weight.detach())[0]
 
 
@@ -76,7 +84,12 @@ class UnitSpectralNorm(nn.Module):
 
     Weights inside the ball pass unchanged; the others are divided by a true upper bound of their norm. Wrap an
     update in ``LoopCell.frozen()`` so that it is computed once per update, not once per prediction.
+
+    Raises:
+        TypeError: see ``check_precision``.
     """
 
     def forward(self, weight: Tensor) -> Tensor:
+        """weight (m, n) -> (m, n) of spectral norm at most one."""
+        check_precision(weight)
         return _ProjectToBall.apply(weight)

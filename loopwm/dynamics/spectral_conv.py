@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from loopwm.dynamics.spectral import ROUNDING_MARGIN, ROUNDS
+from loopwm.dynamics.spectral import ROUNDING_MARGIN, ROUNDS, check_precision
 
 SAMPLES = 16  # n: 4.0 % above the largest sample; 32 would be 1.0 % for four times the work
 
@@ -112,7 +112,13 @@ class _ProjectConvolution(torch.autograd.Function):
 
 
 class UnitConvolutionNorm(nn.Module):
-    """Parametrisation: keeps a convolution kernel (O, I, k, k), zero-padded, in the unit ball of its operator norm."""
+    """Parametrisation: keeps a convolution kernel (O, I, k, k), zero-padded, in the unit ball of its operator norm.
+
+    Raises:
+        TypeError: see ``check_precision``.
+    """
 
     def forward(self, kernel: Tensor) -> Tensor:
+        """kernel (O, I, k, k) -> (O, I, k, k) of operator norm at most one."""
+        check_precision(kernel)
         return _ProjectConvolution.apply(kernel)

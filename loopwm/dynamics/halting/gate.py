@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loopwm.dynamics.base import relative_step
+from loopwm.dynamics.cell import LoopCell
 from loopwm.dynamics.halting.rule import HaltingRule, HaltingRun, positive
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ class GateHalting(HaltingRule):
         the loss it was trained on.
 
     Raises:
-        ValueError: threshold <= 0; at a prediction, for states of another size.
+        ValueError: threshold <= 0; at a prediction, for states of another size; by name, for grids and tokens, of which
+        nobody knows how many entries a state will have.
     """
 
     def __init__(self, state_size: int, threshold: float = 0.01):
@@ -106,6 +108,8 @@ class GateHalting(HaltingRule):
 
     @classmethod
     def for_dynamics(cls, dynamics: LoopedDynamics, tolerance: float) -> HaltingRule:
+        if not any(isinstance(cell, LoopCell) for cell in dynamics.cell.modules()):
+            raise ValueError("halting 'gate' by name is for vector states; for others give GateHalting(entries)")
         return cls(dynamics.state_dim, tolerance)
 
     def begin(self, dynamics: LoopedDynamics, h: Tensor) -> HaltingRun:

@@ -50,12 +50,19 @@ def positive(value: float, name: str) -> float:
     return value
 
 
+def whole(value: int, name: str) -> int:
+    """``value``, if it counts something. Raises ValueError, which says ``name``, unless it is an integer >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return value
+
+
 class PatientHalting(HaltingRule):
-    """Stop when ``rule`` held for ``patience`` loops in a row. Raises ValueError for patience < 1."""
+    """Stop when ``rule`` held for ``patience`` loops in a row. Raises ValueError unless patience is an int >= 1."""
 
     def __init__(self, rule: HaltingRule, patience: int):
         super().__init__()
-        self.rule, self.patience = rule, int(positive(patience, "patience"))
+        self.rule, self.patience = rule, whole(patience, "patience")
 
     def begin(self, dynamics: LoopedDynamics, h: Tensor) -> HaltingRun:
         return _PatientRun(self.rule.begin(dynamics, h), self.patience, h)

@@ -8,18 +8,22 @@ import torch
 from torch import Tensor
 
 from loopwm.dynamics.depth import sample_depths
-from loopwm.dynamics.halting.rule import HaltingRule, HaltingRun, positive
+from loopwm.dynamics.halting.rule import HaltingRule, HaltingRun, whole
 
 if TYPE_CHECKING:
     from loopwm.dynamics.looped import LoopedDynamics
 
 
 class FixedHalting(HaltingRule):
-    """Stop every sample after ``loops`` loops. By name: ``mean_loops``. Raises ValueError for loops < 1."""
+    """Stop every sample after ``loops`` loops. By name: ``mean_loops``.
+
+    Raises:
+        ValueError: unless loops is an integer of at least 1.
+    """
 
     def __init__(self, loops: int):
         super().__init__()
-        self.loops = int(positive(loops, "loops"))
+        self.loops = whole(loops, "loops")
 
     @classmethod
     def for_dynamics(cls, dynamics: LoopedDynamics, tolerance: float) -> HaltingRule:

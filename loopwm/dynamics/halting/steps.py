@@ -116,6 +116,7 @@ class PredictionHalting(HaltingRule):
 
     @property
     def readout(self) -> Callable[[Tensor], Tensor] | None:
+        """h (n, ...) -> (n, K), what the rule looks at; None: nothing yet."""
         return self._readout[0]
 
     def read_off(self, readout: Callable[[Tensor], Tensor] | None) -> None:
