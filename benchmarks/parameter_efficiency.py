@@ -4,7 +4,8 @@ Loops of several widths and a ladder of controls learn one step of a world, or f
 (``benchmarks.lab``). The error is of test data of the trained difficulty (DMC: 1 to 50 steps ahead), the loop at the
 depth of the largest stack (equal FLOPs). The ratio is the parameters of the smallest control of equal error, read off
 the controls' front (interpolated in logarithms), over the loop's; where no control reaches the loop it is a lower
-bound, where every control is better an upper one.
+bound, where every control is better an upper one. It is read off the mean errors, and off those of each seed, all of
+which must agree before the loop is said to need fewer.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -24,6 +26,7 @@ from benchmarks.harness import interval, report
 from benchmarks.lab import FLOOR, TEST, Recipe, Task, choose_rates, load, predict_errors, summary, train_all
 from benchmarks.tasks import TASKS, lab_parser
 
+ENDS = {"at least ": " (no control of the ladder reaches it)", "at most ": " (all are better)"}
 COLORS = ("#1b6ca8", "#66a5d9", "#edae49", "#66a182", "#d1495b", "#7b6d8d")
 
 
@@ -89,27 +92,69 @@ def draw(task: Task, rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+class Ratio(NamedTuple):
+    """Parameters of the smallest control of equal error over those of a loop; ``kind`` as of ``parameters_for``."""
+
+    error: float  # mean over seeds
+    ratio: float
+    kind: str
+    model: str
+    parameters: int
+    each: list[tuple[float, str]]  # (ratio, kind) of each seed against that seed's own controls
+
+    @property
+    def fewer(self) -> bool:
+        """Whether the loop needs fewer, by the means and by every seed.
+
+        How few a control needs for an error that all of them are better than ("at most") was not measured.
+        """
+        return all(ratio > 1 and kind != "at most " for ratio, kind in [(self.ratio, self.kind), *self.each])
+
+    def __str__(self) -> str:
+        low, high = min(self.each), max(self.each)
+        return f"{self.kind}{self.ratio:.1f} times (by seed {low[1]}{low[0]:.1f} to {high[1]}{high[0]:.1f})"
+
+
+def ratios(task: Task, rows: list[dict], measure: str) -> list[Ratio]:
+    """One for each looped model of the ladder and each of its sizes."""
+    looped = [name for name, recipe in task.models.items() if recipe.looped and name in task.ladder]
+
+    def compare(some: list[dict], name: str, n: int) -> tuple[float, tuple[float, str]]:
+        controls = [p for model in task.ladder if model not in looped for p in means(some, model, measure)]
+        error = dict(means(some, name, measure))[n]
+        size, kind = parameters_for(error, controls)
+        return error, (size / n, kind)
+
+    found = []
+    for name in looped:
+        for n, _ in means(rows, name, measure):
+            error, (ratio, kind) = compare(rows, name, n)
+            seeds = sorted({row["seed"] for row in rows})
+            each = [compare([row for row in rows if row["seed"] == seed], name, n)[1] for seed in seeds]
+            found.append(Ratio(error, ratio, kind, name, n, each))
+    return found
+
+
 def verdict(task: Task, rows: list[dict]) -> tuple[dict, str]:
-    """(headline, a sentence a measure), computed from the rows."""
+    """(headline, a sentence a measure), computed from the rows; a ratio's bounds are the range of the seeds."""
     headline, sentences = {}, []
     for measure in rows[0]["error"]:
-        looped = [name for name, recipe in task.models.items() if recipe.looped and name in task.ladder]
-        controls = [p for name in task.ladder if name not in looped for p in means(rows, name, measure)]
-        found = []
-        for name in looped:
-            for n, error in means(rows, name, measure):
-                mine = [r["error"][measure] for r in rows if (r["model"], r["parameters"]) == (name, n)]
-                headline[f"{measure}: error, {name}, {n} parameters"] = interval(mine)
-                size, kind = parameters_for(error, controls)
-                found.append((error, size / n, kind, name, n))
-        error, ratio, kind, name, n = min(found)  # the lowest error asked of the controls
-        ends = {"": "", "at least ": " (no control of the ladder reaches it)", "at most ": " (all are better)"}[kind]
-        fewer = ratio > 1 and kind != "at most "  # how few a control needs for so bad an error was not measured
-        wins = "the loop needs fewer parameters" if fewer else "the loop is not shown to need fewer parameters"
-        others = ", ".join(f"{f[2]}{f[1]:.1f}x of {f[4]} ({f[3]})" for f in found if f[3:] != (name, n))
+        found = ratios(task, rows, measure)
+        for r in found:
+            mine = [x["error"][measure] for x in rows if (x["model"], x["parameters"]) == (r.model, r.parameters)]
+            headline[f"{measure}: error, {r.model}, {r.parameters} parameters"] = interval(mine)
+            of_seeds = [ratio for ratio, _ in r.each]
+            sizes = {"value": r.ratio, "low": min(of_seeds), "high": max(of_seeds)}
+            headline[f"{measure}: {r.kind}ratio, {r.model}, {r.parameters} parameters"] = {
+                key: round(value, 2) for key, value in sizes.items()
+            }
+        best = min(found)  # the lowest error asked of the controls
+        ends = ENDS.get(best.kind, "")
+        wins = "the loop needs fewer parameters" if best.fewer else "the loop is not shown to need fewer parameters"
+        others = ", ".join(f"{r} of {r.parameters} ({r.model})" for r in found if r is not best)
         sentences.append(
-            f"{measure}: at an error of {error:.4f} the smallest control has {kind}{ratio:.1f} times the {n} "
-            f"parameters of {name}{ends}: {wins}" + (f"; the others: {others}." if others else ".")
+            f"{measure}: at an error of {best.error:.4f} the smallest control has {best} the {best.parameters} "
+            f"parameters of {best.model}{ends}: {wins}" + (f"; the others: {others}." if others else ".")
         )
     return headline, " ".join(sentences)
 

@@ -278,14 +278,38 @@ def test_the_ratio_says_when_no_control_reaches_the_loop_and_when_the_loop_loses
     def rows(error: float, parameters: int = 500) -> list[dict]:
         controls = [("stacked", 1000, 0.1), ("wide", 2000, 0.3), ("single_pass", 50, 0.9)]
         points = [("looped", parameters, error), *controls]
-        return [{"model": m, "parameters": n, "error": {"all": e}} for m, n, e in points]
+        return [{"model": m, "parameters": n, "seed": 0, "error": {"all": e}} for m, n, e in points]
 
     won = parameter_efficiency.verdict(Sandpile(), rows(0.01))[1]
-    assert "at least 2.0 times the 500 parameters" in won and "no control of the ladder reaches it" in won
+    assert (
+        "at least 2.0 times (by seed at least 2.0 to at least 2.0) the 500 parameters" in won
+        and "no control of the ladder reaches it" in won
+    )
     lost = parameter_efficiency.verdict(Sandpile(), rows(0.95))[1]
-    assert "at most 0.1 times the 500" in lost and "is not shown to need fewer" in lost
+    assert (
+        "at most 0.1 times (by seed at most 0.1 to at most 0.1) the 500" in lost
+        and "is not shown to need fewer" in lost
+    )
     tiny = parameter_efficiency.verdict(Sandpile(), rows(0.95, parameters=10))[1]
-    assert "at most 5.0 times the 10" in tiny and "is not shown to need fewer" in tiny
+    assert "at most 5.0 times (by seed at most 5.0 to at most 5.0) the 10" in tiny
+    assert "is not shown to need fewer" in tiny
+
+
+@pytest.mark.parametrize("worst, wins", [(0.09, True), (0.11, False)])
+def test_the_loop_needs_fewer_parameters_only_if_every_seed_says_so(worst, wins):
+    """A front of one slope: ten times the parameters have a tenth of the error. The loop has 400 parameters."""
+
+    def row(model: str, parameters: int, seed: int, error: float) -> dict:
+        return {"model": model, "parameters": parameters, "seed": seed, "error": {"all": error}}
+
+    rows = [row("stacked", n, seed, 40.0 / n) for seed in (0, 1) for n in (100, 1000, 10_000)]
+    rows += [row("looped", 400, 0, 0.01), row("looped", 400, 1, worst)]
+    headline, said = parameter_efficiency.verdict(Sandpile(), rows)
+    found = headline["all: ratio, looped, 400 parameters"]
+    assert found["high"] == pytest.approx(10.0, abs=0.01) and found["low"] == pytest.approx(0.1 / worst, abs=0.01)
+    mean = (0.01 + worst) / 2
+    assert found["value"] == pytest.approx(0.1 / mean, abs=0.01) and found["value"] > 1.0
+    assert ("the loop needs fewer parameters" in said) == wins
 
 
 def test_flops_of_an_update_are_those_of_the_layers():
