@@ -26,7 +26,15 @@ from torch import nn
 from benchmarks.harness import interval, report
 from benchmarks.lab import TEST, VALIDATION, Examples, Task, choose_rates, groups, load, predict_errors, train_all
 from benchmarks.tasks import TASKS, WITH_DIFFICULTY, lab_parser
-from loopwm.dynamics import HaltingRule, PatientHalting, PredictionHalting, RandomHalting, ResidualHalting
+from loopwm.dynamics import (
+    CertifiedHalting,
+    HaltingRule,
+    PatientHalting,
+    PredictionHalting,
+    RandomHalting,
+    ResidualHalting,
+    SecondDifferenceHalting,
+)
 
 FULL = 4  # the full depth over the trained mean
 LOSS = 0.01  # what a rule or a smaller depth may cost, see ``Task.within``
@@ -36,17 +44,22 @@ TOLERANCES = tuple(float(x) for x in np.geomspace(10.0, 1e-4, 31))
 
 
 def rules(model: nn.Module) -> dict[str, Callable[[float], HaltingRule]]:
-    """Name -> rule of a tolerance. ``prediction`` reads the step of the latent, off every cell of a grid."""
+    """Name -> rule of a tolerance. ``prediction`` reads the step of the latent, off every cell of a grid.
+
+    The certified rule, and its tolerance in units of the state, for models that contract by construction alone.
+    """
 
     def step_of_latent(h):
         return model.dynamics.coda.step(h).flatten(1)
 
+    certified = {"certified distance": CertifiedHalting} if model.dynamics.cell.mode == "certified" else {}
     return {
         "residual": ResidualHalting,
         "residual, patience 2": lambda tolerance: PatientHalting(ResidualHalting(tolerance), 2),
+        "second difference, patience 2": lambda tolerance: PatientHalting(SecondDifferenceHalting(tolerance), 2),
         "prediction": lambda tolerance: PredictionHalting(tolerance, step_of_latent),
         "prediction, patience 2": lambda tolerance: PatientHalting(PredictionHalting(tolerance, step_of_latent), 2),
-    }
+    } | certified
 
 
 def error_and_loops(task: Task, model: nn.Module, data: Examples, depth: int | None) -> tuple[float, np.ndarray]:
