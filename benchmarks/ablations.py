@@ -36,7 +36,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "small_penalty": ("agent.policy_penalty=1e-4",),
     "large_penalty": ("agent.policy_penalty=4e-3",),
     "white_noise": ("agent.explore_std=0.2", "agent.explore_std_final=0.2", "agent.explore_correlation=0"),
-    "lasting_noise": ("agent.explore_std_final=0.15",),
+    "fading_noise": ("agent.explore_std_final=0.05",),
     "policy_collects": ("agent.plan_collect=false",),
     "no_novelty": ("agent.novelty_spread=0",),
     "policy_alone": ("agent.plan_samples=0",),

@@ -181,8 +181,7 @@ class Control(VectorTask):
 
     def policy_run(self) -> Path:
         """The agent whose actions these are: seed 0 of docs/results.md's first table, trained if need be."""
-        as_it_was = ["agent.novelty_spread=0", "agent.explore_std_final=0.15"]
-        settings = ["eval_episodes=10", "eval_every=20000", *as_it_was]
+        settings = ["eval_episodes=10", "eval_every=20000", "agent.novelty_spread=0"]
         return train_agent(*training_run(self.runs, self.env_id, "looped", 0, 100_000, settings))
 
     def examples(self, each: int, longest: int, seed: int, size: int | None = None) -> Examples:

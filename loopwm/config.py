@@ -158,7 +158,7 @@ class PlannerConfig(Section):
     smooth_clip: NonNegative = 0.3  # largest noise on target actions, action units
     seed_steps: Whole = 1000  # random actions before learning starts, agent steps
     explore_std: NonNegative = 0.4  # first spread of the exploration noise, action units (discrete: probability)
-    explore_std_final: NonNegative = 0.05  # its last spread, action units
+    explore_std_final: NonNegative = 0.15  # its last spread, action units
     explore_decay_steps: Whole = 15_000  # agent steps from the first to the last spread
     explore_correlation: Share = 0.6  # correlation of the noise from step to step, in [0, 1]
     plan_samples: Whole = 256  # action sequences per planning iteration, count; 0: the policy acts alone
