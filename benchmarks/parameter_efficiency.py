@@ -125,12 +125,12 @@ def ratios(task: Task, rows: list[dict], measure: str) -> list[Ratio]:
         size, kind = parameters_for(error, controls)
         return error, (size / n, kind)
 
+    by_seed = [[row for row in rows if row["seed"] == seed] for seed in sorted({row["seed"] for row in rows})]
     found = []
     for name in looped:
         for n, _ in means(rows, name, measure):
             error, (ratio, kind) = compare(rows, name, n)
-            seeds = sorted({row["seed"] for row in rows})
-            each = [compare([row for row in rows if row["seed"] == seed], name, n)[1] for seed in seeds]
+            each = [compare(mine, name, n)[1] for mine in by_seed]
             found.append(Ratio(error, ratio, kind, name, n, each))
     return found
 

@@ -53,15 +53,22 @@ def test_gamma_next_to_one_leaves_the_bound_below_one(block):
     assert 0.99 < dynamics.lipschitz_bound() < 1.0
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("where", ["log_dt", "read.parametrizations.weight.original"])
+@pytest.mark.parametrize(
+    "where, bad",
+    [
+        ("log_dt", math.nan),
+        ("input_gain", math.nan),
+        ("read.parametrizations.weight.original", math.nan),
+        ("read.parametrizations.weight.original", math.inf),
+    ],
+)
 @pytest.mark.parametrize("block", CERTIFIED)
 def test_weights_that_are_no_numbers_certify_nothing(block, where, bad):
     """An infinite bound, and a rule that goes by it runs to the cap: no traceback out of a diverged run."""
     dynamics, z, action = of_block(block, halting="certified", max_loops=5)
     assert dynamics.lipschitz_bound() < 1.0
     with torch.no_grad():
-        dynamics.cell.get_parameter(where).view(-1)[0] = bad if where != "log_dt" else math.nan
+        dynamics.cell.get_parameter(where).view(-1)[0] = bad
     assert dynamics.lipschitz_bound() == math.inf
     assert dynamics(z, action).loops.tolist() == [5, 5, 5]
     assert dynamics.distance_to_fixed_point(dynamics.start(z), dynamics.start(z)).tolist() == [math.inf] * 3

@@ -167,8 +167,11 @@ class Cell(nn.Module):
         as true, and may be any number. Infinite once a weight is no finite number.
         """
         folded = self.fold()
-        if not all(bool(part.isfinite().all()) for part in folded if isinstance(part, Tensor)):
-            return math.inf
+        finite = all(bool(part.isfinite().all()) for part in folded if isinstance(part, Tensor))
+        return self.factor(folded) if finite else math.inf
+
+    def factor(self, folded: tuple) -> float:
+        """``lipschitz_bound`` of finite folded weights."""
         block = math.prod((float(norm) for norm in self.norms(folded)), start=self.activation_lipschitz)
         return (float(folded[0].double().max()) + block) * (1.0 + SINGULAR_VALUE_ERROR)
 

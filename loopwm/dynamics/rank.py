@@ -116,13 +116,11 @@ class RankCell(Cell):
         fused = not MODES[self.mode].penalised  # the penalty differentiates twice
         return RankLoop(decay, constant.contiguous(), injected.contiguous(), read, scale, fused)
 
-    @torch.no_grad()
-    def lipschitz_bound(self) -> float:
-        """Upper bound on |dh'/dh| in the sup norm: the largest absolute row sum of the rounded weights, in float64."""
-        decay, _, read, scale = (part.double() if isinstance(part, Tensor) else part for part in self.fold())
-        sums = read.abs().sum(1).view(-1, len(decay)).amax(0)  # (D,) the worst of K pieces
-        bound = float((decay + scale * sums).max())
-        return bound if math.isfinite(bound) else math.inf
+    def factor(self, folded: tuple) -> float:
+        """In the sup norm: the largest absolute row sum, in float64."""
+        decay, _, read, scale = folded
+        sums = read.double().abs().sum(1).view(-1, len(decay)).amax(0)  # (D,) the worst of K pieces
+        return float((decay.double() + scale.double() * sums).max())
 
 
 class RankLoop:
