@@ -1,8 +1,9 @@
 """The planner agent: a policy prior and a value ensemble on looped latents, and MPPI through the world model to act.
 
 After TD-MPC2 (2310.16828) and MR.Q (2501.16142): the world model is trained by multi-step latent consistency, reward
-and continuation; value and policy are trained off it, on real latents (with ``imagined_steps`` on imagined ones too),
-by n-step double Q-learning (TD3 style). Here is how it learns; how it acts stands in agents/acting.py.
+and continuation; the value off it, on real latents (with ``imagined_steps`` on imagined ones too), by n-step double
+Q-learning (TD3 style); the policy by its return through some steps of the model and the value after them. Here is how
+it learns; how it acts stands in agents/acting.py.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ class PlannerAgent(ActingAgent):
             b, h = c.model_batch_size, c.horizon
             metrics |= self._update_model(batch.obs[: h + 1, :b], *(x[:h, :b] for x in batch[1:5]))
             self.targets["model"].update()
-        looks = c.value_loops or c.imagined_steps  # whether the rest asks the slow model, whose weights stay from here
+        # Whether the rest asks the slow model, whose weights stay from here.
+        looks = c.value_loops or c.imagined_steps or c.policy_horizon
         with self.slow_model.frozen() if looks else nullcontext():
             metrics |= self._update_value_and_policy(replay, batch)
         self.updates += 1
@@ -227,18 +229,47 @@ class PlannerAgent(ActingAgent):
         }, out.detach()
 
     def _update_policy(self, z: Tensor, weight: Tensor) -> dict[str, Tensor]:
-        """Follow dQ1/da (TD3, 1802.09477) at z (B, Z), weight (B,); a small penalty keeps the policy off saturation."""
-        action, raw = self.policy(z)
+        """Climb what the policy is worth from z (B, Z), weight (B,); a penalty keeps it off saturation.
+
+        The penalty fades with the exploration: a young policy that saturates learns no more, a trained one has to be
+        let near the limits, where a penalty of the first size outweighs what an action is worth (docs/ablations.md).
+        """
+        c = self.config
+        if c.policy_horizon:  # dearer by the row, and worth more
+            z, weight = z[: c.model_batch_size], weight[: c.model_batch_size]
         self.value.requires_grad_(False)
-        value = self.value.first_value(self.pair(z, action))  # (B,)
-        scale = masked_mean(value.detach().abs(), weight).clamp_min(1e-3)
-        penalty = self.config.policy_penalty * raw.square().mean(-1)  # (B,)
-        loss = masked_mean(penalty - value / scale, weight)
+        worth, size = self._policy_worth(z)
+        scale = masked_mean(worth.detach().abs(), weight).clamp_min(1e-3)
+        penalty = self._annealed(c.policy_penalty, c.policy_penalty_final)
+        loss = masked_mean(penalty * size - worth / scale, weight)
         self.policy_optimizer.zero_grad()
         loss.backward()
         self.value.requires_grad_(True)
         norm = self.policy_optimizer.step()
         return {"loss/policy": loss.detach(), "loss/policy_gradient": norm}
+
+    def _policy_worth(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """What the policy is worth from z (B, Z), and the mean square of its pre-activations: (B,) each.
+
+        The return of ``policy_horizon`` imagined steps and the mean value of the next, whose gradient goes through the
+        slow model: a value-expanded stochastic value gradient (SVG(H), 1510.09142 and 2008.12775). The actions are
+        noisy, so that it is that of a smoothed value. Without a horizon it is the first value, as in TD3 (1802.09477).
+        What each of these is worth: ``python -m benchmarks.policy_gradients``.
+        """
+        c = self.config
+        worth, discount, sizes = 0.0, 1.0, []
+        for step in range(c.policy_horizon + 1):
+            action, raw = self.policy(z)
+            sizes.append(raw.square().mean(-1))
+            if c.policy_std:
+                action = self.policy.perturb(action, c.policy_std, 1.0, self.generator)
+            if step < c.policy_horizon:
+                out = self.slow_model.dynamics(z, action, self._plan_depth())
+                reward, continuation = self.slow_model.predict(out.h)
+                worth, discount, z = worth + discount * reward, discount * c.discount * continuation, out.z_next
+        pair = self.pair(z, action)
+        value = self.value.values(pair).mean(0) if c.policy_horizon else self.value.first_value(pair)
+        return worth + discount * value, torch.stack(sizes).mean(0)
 
     def _update_novelty(self, z: Tensor) -> dict[str, Any]:
         """What z (B, Z) holds is less new from now on."""

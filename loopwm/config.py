@@ -153,7 +153,10 @@ class PlannerConfig(Section):
     reward_weight: NonNegative = 0.2  # weight of the reward loss, no unit
     continuation_weight: NonNegative = 0.2  # weight of the continuation loss, no unit
     jacobian_weight: NonNegative = 0.1  # weight of the penalty on the loop's Jacobian in mode soft, no unit
-    policy_penalty: NonNegative = 4e-4  # weight of the squared pre-activations of the policy, no unit
+    policy_horizon: Whole = 3  # imagined steps through which the policy's gradient goes; 0: the value's alone
+    policy_std: NonNegative = 0.2  # spread of the noise on actions that the policy learns by, action units
+    policy_penalty: NonNegative = 4e-4  # first weight of the policy's squared pre-activations, no unit
+    policy_penalty_final: NonNegative = 2e-5  # its last weight, reached with explore_decay_steps, no unit
     smooth_std: NonNegative = 0.2  # spread of the noise on target actions, action units (discrete: probability)
     smooth_clip: NonNegative = 0.3  # largest noise on target actions, action units
     seed_steps: Whole = 1000  # random actions before learning starts, agent steps

@@ -1,6 +1,7 @@
 """The planner agent: what it picks, bootstraps from and updates, and that it can be resumed."""
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -686,6 +687,94 @@ def test_value_and_policy_learn_on_imagined_latents_too(monkeypatch):
     assert (seen["_update_value"][:, :6] == seen["_update_policy"]).all()
 
 
+# ---- what the policy climbs ---------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_the_policy_climbs_what_a_plan_of_its_own_actions_scores(discrete, horizon):
+    agent = make(discrete, policy_horizon=horizon, policy_std=0.0, plan_horizon=horizon)
+    agent.update(filled_replay(discrete))
+    z = agent.encode(torch.as_tensor(observations(20)))
+    worth, size = agent._policy_worth(z)
+    own = dataclasses.replace(agent.budget, policy_samples=1)
+    actions = agent._policy_sequences(z, own)[:, :, 0]
+    torch.testing.assert_close(worth, agent.score(z, actions))
+    assert size.shape == worth.shape and (size > 0.0).all()
+
+
+def test_without_a_horizon_the_policy_climbs_the_first_value():
+    agent = make(policy_horizon=0, policy_std=0.0)
+    z = agent.encode(torch.as_tensor(observations(20)))
+    action, raw = agent.policy(z)
+    worth, size = agent._policy_worth(z)
+    assert torch.equal(worth, agent.value.first_value(agent.pair(z, action)))
+    assert torch.equal(size, raw.square().mean(-1))
+
+
+@pytest.mark.parametrize("horizon", [0, 2])
+def test_the_policys_gradient_is_the_slope_of_its_worth(horizon):
+    """Central differences along the gradient, in float64: it goes through every imagined step."""
+    agent = make(policy_horizon=horizon, policy_std=0.0, policy_penalty=0.0, policy_penalty_final=0.0)
+    for module in (agent.policy, agent.value, agent.slow_model):
+        module.double()
+    z = torch.randn(20, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    parameters = list(agent.policy.parameters())
+    gradient = torch.autograd.grad(agent._policy_worth(z)[0].mean(), parameters)
+    size, reached = torch.cat([g.flatten() for g in gradient]).norm(), []
+    for step in (1e-6, -2e-6):
+        with torch.no_grad():
+            for p, g in zip(parameters, gradient, strict=True):
+                p.add_(g / size, alpha=step)
+            reached.append(float(agent._policy_worth(z)[0].mean()))
+    assert (reached[0] - reached[1]) / 2e-6 == pytest.approx(float(size), rel=1e-3)
+
+
+@KINDS
+def test_the_policy_learns_by_what_the_model_alone_tells(discrete):
+    agent = make(discrete, policy_horizon=2, policy_std=0.0, policy_penalty=0.0, policy_penalty_final=0.0)
+    agent.update(filled_replay(discrete))
+    for member in agent.value.members:  # a value that is the same everywhere
+        torch.nn.init.zeros_(member[-1].weight)
+    with torch.no_grad():
+        agent.slow_model.reward.layers[-1][-1].weight.normal_(0.0, 0.3)
+    z = agent.encode(torch.as_tensor(observations(20)))
+    before = weights(agent)
+    agent._update_policy(z, torch.ones(len(z)))
+    assert changed(before, weights(agent)) == {"policy"}
+    assert agent.policy_optimizer.flat.grad.abs().max() > 1e-6
+    assert all(p.grad is None for p in agent.slow_model.parameters())
+
+
+def test_the_policy_learns_by_noisy_actions(monkeypatch):
+    agent, seen = make(policy_horizon=1, policy_std=0.3), []
+    pair = agent.pair
+    monkeypatch.setattr(agent, "pair", lambda z, action: seen.append(action.detach()) or pair(z, action))
+    z = torch.zeros(4000, 6)
+    agent._policy_worth(z)
+    assert seen[0].std(0).max() == pytest.approx(0.3, rel=0.1)
+
+
+def test_the_policys_penalty_fades_with_the_exploration():
+    """A worthless world, so that the loss is the penalty: from 8 to 2 times the mean square, half way down at 5."""
+    agent = make(policy_penalty=8.0, policy_penalty_final=2.0, policy_horizon=0, explore_decay_steps=100)
+    for member in agent.value.members:
+        torch.nn.init.zeros_(member[-1].weight)
+    z = torch.randn(12, 6)
+    for acted, weight in ((0, 8.0), (agent.config.seed_steps + 50, 5.0), (1000, 2.0)):
+        agent.acted = acted
+        size = float(agent.policy(z)[1].detach().square().mean())
+        assert float(agent._update_policy(z, torch.ones(12))["loss/policy"]) == pytest.approx(weight * size, rel=1e-4)
+
+
+def test_a_policy_of_a_horizon_learns_from_the_models_share_of_the_batch():
+    one, other = make(policy_horizon=1, policy_std=0.0), make(policy_horizon=1, policy_std=0.0)
+    z = torch.randn(12, 6)
+    one._update_policy(z, torch.ones(12))
+    other._update_policy(z[:6], torch.ones(6))
+    assert torch.equal(one.policy_optimizer.flat, other.policy_optimizer.flat)
+
+
 @pytest.mark.parametrize("name", DYNAMICS)
 def test_the_value_reads_the_slow_models_loop_state(name):
     """[z; a; LayerNorm(h)] by hand, in any shape; without value_loops [z; a]."""
@@ -701,7 +790,7 @@ def test_the_value_reads_the_slow_models_loop_state(name):
 
 @KINDS
 def test_a_value_that_reads_the_loop_state_trains_no_model_and_leads_the_policy_through_it(discrete):
-    agent = make(discrete, value_loops=2, imagined_steps=1, policy_penalty=0.0)
+    agent = make(discrete, value_loops=2, imagined_steps=1, policy_penalty=0.0, policy_penalty_final=0.0)
     agent.update(filled_replay(discrete))
     for member in agent.value.members:  # deaf to z and a, so that the loop state alone is heard
         with torch.no_grad():
@@ -728,7 +817,8 @@ def test_rows_without_weight_teach_the_value_nothing():
 
 
 def test_rows_without_weight_teach_the_policy_nothing():
-    one, other = make(policy_penalty=0.1), make(policy_penalty=0.1)
+    still = {"policy_penalty": 0.1, "policy_penalty_final": 0.1, "policy_std": 0.0, "model_batch_size": 8}
+    one, other = make(**still), make(**still)
     z = torch.randn(8, 6)
     one._update_policy(z, (torch.arange(8) < 5).float())
     other._update_policy(z[:5], torch.ones(5))
@@ -806,7 +896,7 @@ def test_each_loss_trains_its_own_part():
 
 
 def test_policy_climbs_a_known_value(monkeypatch):
-    agent = make(learning_rate=0.01, policy_penalty=0.0)
+    agent = make(learning_rate=0.01, policy_penalty=0.0, policy_penalty_final=0.0, policy_horizon=0)
 
     def known(pair):
         return -(pair[..., -A:] - 0.5).square().sum(-1) - 1.0
