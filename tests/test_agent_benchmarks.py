@@ -11,8 +11,9 @@ from scipy import stats
 from training_tools import CARTPOLE, SWINGUP, forbid_filming, run
 
 from agents import make_agent
-from benchmarks import branches, compare, depth_dial, diagnose, harness, returns
+from benchmarks import branches, compare, depth_dial, diagnose, harness, policy_gradients, returns
 from benchmarks.diagnose import Episodes
+from envs import make_env
 from loopwm.config import load_config, read_config, save_config
 from loopwm.training.run_dir import changed_settings
 
@@ -304,3 +305,81 @@ def test_a_branch_that_cannot_be_made_ends_in_one_line(tmp_path, capsys, words, 
     with pytest.raises(SystemExit) as ended:
         branches.main([str(tmp_path / "none"), *words, "--runs", str(tmp_path)])
     assert ended.value.code == 2 and complaint in capsys.readouterr().err
+
+
+# ---- which gradient a policy should climb ---------------------------------------------------------------
+
+
+def test_agreement_of_changes():
+    truth = torch.tensor([[1.0, 2.0, 4.0], [0.0, 1.0, 0.0]])
+    assert policy_gradients.agreement(5.0 * truth + 3.0, truth) == pytest.approx(1.0)
+    assert policy_gradients.agreement(-truth, truth) == pytest.approx(-1.0)
+    assert policy_gradients.agreement(torch.stack([truth[0], torch.ones(3)]), truth) == pytest.approx(1.0)  # one varies
+    assert policy_gradients.agreement(torch.ones(2, 3), truth) == 0.0
+
+
+@pytest.mark.parametrize("horizon", [0, 2])
+def test_a_gradient_is_the_slope_of_what_it_says(horizon):
+    """Against central differences of the planner's own score of the action and the policy's after it, in float64."""
+    agent = make_agent(load_config([*TINY, "agent.plan_loops=3"]), 3, 2, False)
+    for member in agent.value.members:
+        torch.nn.init.normal_(member[-1].weight, 0.0, 1e-3)
+    torch.nn.init.normal_(agent.slow_model.reward.layers[-1][-1].weight)
+    for part in (agent.policy, agent.value, agent.slow_model):
+        part.double()
+    z = agent.encode(torch.randn(4, 3, dtype=torch.float64))
+    found = policy_gradients.gradient(agent, z.detach(), horizon, True, 0.0)
+
+    def worth(change):
+        at, a, actions = z, agent.policy(z)[0] + change, []
+        for _ in range(horizon):
+            actions.append(a)
+            at = agent.slow_model.dynamics(at, a, 3).z_next
+            a = agent.policy(at)[0]
+        return agent.score(z, torch.stack(actions)) if horizon else agent.value.values(agent.pair(z, a)).mean(0)
+
+    with torch.no_grad():
+        for i in range(2):
+            step = 1e-5 * torch.eye(2, dtype=torch.float64)[i]
+            slope = (worth(step) - worth(-step)) / 2e-5
+            torch.testing.assert_close(found[:, i], slope, rtol=1e-3, atol=1e-6)
+    one = policy_gradients.gradient(agent, z.detach(), horizon, False, 0.0)
+    assert not torch.allclose(one, found)
+    assert not torch.allclose(policy_gradients.gradient(agent, z.detach(), horizon, True, 0.3), found)
+
+
+def test_a_changed_action_is_worth_what_the_simulator_says():
+    task = "gym/Pendulum-v1"
+    agent = make_agent(load_config([f"task={task}", "size=small", "agent.discount=0.9"]), 3, 1, False)
+    agent.state_value = lambda z: torch.full(z.shape[:-1], 7.0)
+    found = policy_gradients.play_changes(agent, task, 1, 2, 3)
+    assert found.obs.shape == (2, 3) and found.action.shape == (2, 4, 1)
+    torch.testing.assert_close(found.action[:, 0], agent.policy(agent.encode(found.obs))[0].detach())
+    for state in range(2):
+        env = make_env(task, action_repeat=1, seed=0)
+        obs = env.reset(seed=diagnose.SEED + state)[0]
+        while not np.allclose(obs, found.obs[state].numpy(), atol=1e-6):
+            obs = env.step(policy_gradients._act_of(agent, obs))[0]
+        total, action = 0.0, found.action[state, 2].numpy()
+        for step in range(3):
+            obs, reward, *_ = env.step(action)
+            total += 0.9**step * reward
+            action = policy_gradients._act_of(agent, obs)
+        assert float(found.worth[3][state, 2]) == pytest.approx(total + 0.9**3 * 7.0, rel=1e-4)
+    assert (found.worth[10][:, 1:] != found.worth[10][:, :1]).all()
+
+
+def test_gradients_of_a_run_are_compared(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(policy_gradients, "LATEST", 20)
+    forbid_filming(monkeypatch)
+    for name, task in (("run", "gym/Pendulum-v1"), ("discrete", "gym/CartPole-v1")):
+        assert run(tmp_path / name, *SWINGUP[2:], f"task={task}", "frames=60") == 0
+    found = tmp_path / "found.json"
+    assert policy_gradients.main([str(tmp_path / "run"), "--quick", "--json", str(found)]) == 0
+    rows = json.loads(found.read_text())["rows"]
+    assert len(rows) == len(policy_gradients.HORIZONS) * 4
+    assert all(-1.0 <= row["agreement, 10 real steps"] <= 1.0 for row in rows)
+    assert "of the first value" in capsys.readouterr().out
+    for wrong in (tmp_path / "discrete", tmp_path / "none"):
+        assert policy_gradients.main([str(wrong)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
