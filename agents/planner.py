@@ -107,12 +107,15 @@ class PlannerAgent(ActingAgent):
             b, h = c.model_batch_size, c.horizon
             metrics |= self._update_model(batch.obs[: h + 1, :b], *(x[:h, :b] for x in batch[1:5]))
             self.targets["model"].update()
-        # Whether the rest asks the slow model, whose weights stay from here.
-        looks = c.value_loops or c.imagined_steps or c.policy_horizon
+        # Whether the rest asks the slow model, whose weights stay from here; folding them is a twentieth of an update.
+        looks = c.value_loops or c.imagined_steps or (c.policy_horizon and self._policy_is_due())
         with self.slow_model.frozen() if looks else nullcontext():
             metrics |= self._update_value_and_policy(replay, batch)
         self.updates += 1
         return metrics
+
+    def _policy_is_due(self) -> bool:
+        return self.updates % self.config.policy_every == 0
 
     def _update_value_and_policy(self, replay: Any, batch: Batch) -> dict[str, Tensor]:
         """One gradient step each on ``batch``, of tensors; the ``replay`` it came from gets its priorities."""
@@ -135,7 +138,7 @@ class PlannerAgent(ActingAgent):
         if c.priority:
             error = (self.value.code.decode(out[:, real]) - target[real]).abs().amax(0)  # (B,), the larger of two
             self._prioritise(replay, batch.start, error)
-        if self.updates % c.policy_every == 0:
+        if self._policy_is_due():
             metrics |= self._update_policy(z, weight)
         self.targets["value"].update()
         self.targets["policy"].update()
