@@ -9,13 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+REFINEMENT = 4  # a later iteration scores so many times fewer sequences than the first, beside the best so far
+
 
 @dataclass(frozen=True)
 class PlanBudget:
     """How much an action may cost. ``samples`` 0: the policy alone acts."""
 
-    samples: int  # action sequences scored an iteration
-    iterations: int  # refinements of the sampling distribution
+    samples: int  # action sequences scored in the first iteration, and 1 / ``REFINEMENT`` of them in each later one
+    iterations: int  # of the sampling distribution
     horizon: int  # imagined agent steps
     policy_samples: int  # of the samples, how many follow the policy
     elites: int  # best sequences that the distribution is refitted to
@@ -41,23 +43,19 @@ def mppi(
 ) -> Plan:
     """Refine a distribution over action sequences for N states at once.
 
+    The elites of an iteration are kept for the next, and later ones draw less (both as in iCEM, 2008.06389).
+
     Args:
         z: (N, Z) latents. prior: (H, N, P, A) sequences of the policy. mean: (H, N, A) first guess.
         score: imagined return of sequences. discrete: actions are one-hot, ``mean`` probabilities.
     """
     horizon, envs, from_policy, action_dim = prior.shape
-    drawn = budget.samples - from_policy
     std = torch.full_like(mean, budget.max_std)
-    prior_value: Tensor | None = None
-    first_spread: Tensor | None = None
-    for _ in range(budget.iterations):
-        fresh = draw(mean, std, drawn, generator, discrete)  # (H, N, S - P, A)
-        actions = torch.cat([prior, fresh], 2)  # (H, N, S, A)
-        if prior_value is None:
-            value = score_all(score, z, actions)  # (N, S)
-            prior_value, first_spread = value[:, :from_policy], value.std(1, correction=0)
-        else:  # the policy's sequences stay what they were, and so does their worth
-            value = torch.cat([prior_value, score_all(score, z, fresh)], 1)
+    fresh = draw(mean, std, budget.samples - from_policy, generator, discrete)  # (H, N, S - P, A)
+    actions = torch.cat([prior, fresh], 2)  # (H, N, S, A)
+    value = score_all(score, z, actions)  # (N, S)
+    first_spread = value.std(1, correction=0)
+    for iteration in range(budget.iterations):
         elite_value, elite = value.nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9).topk(budget.elites, dim=1)  # (N, E)
         index = elite.view(1, envs, -1, 1).expand(horizon, -1, -1, action_dim)
         chosen = actions.gather(2, index)  # (H, N, E, A)
@@ -66,6 +64,10 @@ def mppi(
         weight = weight.view(1, envs, -1, 1)
         mean = (weight * chosen).sum(2)  # (H, N, A)
         std = (weight * (chosen - mean.unsqueeze(2)).square()).sum(2).sqrt().clamp(budget.min_std, budget.max_std)
+        if iteration + 1 < budget.iterations:  # the best so far stay, at no cost: a sequence is worth what it was
+            fresh = draw(mean, std, max(1, budget.samples // REFINEMENT), generator, discrete)
+            actions = torch.cat([chosen, fresh], 2)
+            value = torch.cat([elite_value, score_all(score, z, fresh)], 1)
     if discrete:
         best = mean[0].argmax(-1)
         return Plan(torch.nn.functional.one_hot(best, action_dim).to(mean.dtype), mean, first_spread)

@@ -49,7 +49,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "no_novelty": ("agent.novelty_spread=0",),
     "policy_alone": ("agent.plan_samples=0",),
     "fewer_plans": ("agent.plan_samples=64",),
-    "more_plans": ("agent.plan_iterations=3",),
+    "one_iteration": ("agent.plan_iterations=1",),
     "wide_latent": ("encoder.latent_dim=128",),
     "fixed_depth": ("dynamics.depth_sampler=fixed",),
     "two_loops": ("dynamics.mean_loops=2", "agent.plan_loops=2"),

@@ -124,7 +124,7 @@ def test_mppi_finds_a_quadratic_optimum():
 def test_mppi_says_how_far_the_first_scores_lie_apart():
     """Of the policy's sequences and the others; the refined ones after them do not count."""
     scores = torch.tensor([0.0, 2.0, 4.0, 6.0]).repeat(64)
-    seen = iter([scores, *[torch.zeros(240)] * 7])
+    seen = iter([scores, *[torch.zeros(64)] * 7])
     prior = torch.zeros(2, 1, 16, A)
     plan = mppi(
         torch.zeros(1, 6), prior, prior[:, :, 0], lambda z, a: next(seen), BUDGET, torch.Generator(), discrete=False
@@ -134,7 +134,7 @@ def test_mppi_says_how_far_the_first_scores_lie_apart():
 
 def test_mppi_stays_in_range_when_the_optimum_lies_outside():
     action, _ = run_mppi(quadratic, torch.full((2, 2 * A), 3.0))
-    assert (action <= 1.0).all() and (action > 0.85).all()
+    assert (action <= 1.0).all() and (action > 0.8).all()
 
 
 def test_mppi_prefers_a_policy_that_knows():
@@ -144,6 +144,22 @@ def test_mppi_prefers_a_policy_that_knows():
     prior = torch.zeros(2, 3, 4, A)
     prior[:, :, 2] = unpack(z)
     torch.testing.assert_close(run_mppi(quadratic, z, budget=budget, prior=prior)[1], unpack(z), atol=1e-3, rtol=0)
+
+
+def test_mppi_keeps_the_best_and_draws_less_after_the_first_iteration():
+    """At a temperature near zero the plan is the best sequence of all iterations, whichever found it."""
+    seen = []
+
+    def rough(z, actions):  # refining it leads nowhere
+        score = torch.sin(1000.0 * actions.sum((0, 2)))
+        seen.append((actions, score))
+        return score
+
+    budget = dataclasses.replace(BUDGET, iterations=4, temperature=1e-6)
+    _, mean = run_mppi(rough, torch.zeros(1, 6), budget=budget)
+    assert [len(score) for _, score in seen] == [256, 64, 64, 64]
+    actions, score = torch.cat([a for a, _ in seen], 1), torch.cat([s for _, s in seen])
+    torch.testing.assert_close(mean[:, 0], actions[:, score.argmax()], atol=1e-5, rtol=0)
 
 
 def test_mppi_finds_the_best_discrete_sequence():
@@ -184,7 +200,8 @@ def test_mppi_with_nothing_but_nan_is_finite_and_leaves_other_rows_alone():
 
     def first_env_blind(z, actions):
         score = quadratic(z, actions)
-        return torch.cat([torch.full((256,), torch.nan), score[256:]])
+        blind = len(score) // 3
+        return torch.cat([torch.full((blind,), torch.nan), score[blind:]])
 
     action, mean = run_mppi(first_env_blind, z)
     assert torch.isfinite(mean).all() and action.abs().max() <= 1.0
