@@ -149,7 +149,8 @@ class PlannerAgent(ActingAgent):
 
         z_t is imagined from z (B, Z) along the actions that were taken, row by row at t = 1 .. ``imagined_steps`` in
         turn; action and target are those of the real step t, and its weight is one if the episode had it. A plan ends
-        in imagined latents, whose value it reads (TD-MPC2, 2310.16828, trains value and policy on such alone).
+        in imagined latents, whose value it reads (TD-MPC2, 2310.16828, trains value and policy on such alone). The
+        policy learns on these rows only without ``policy_horizon``, which goes through imagined latents of its own.
         """
         c, n = self.config, self.config.n_step
         obs, action, reward, terminated, mask = batch[:5]
@@ -234,11 +235,12 @@ class PlannerAgent(ActingAgent):
     def _update_policy(self, z: Tensor, weight: Tensor) -> dict[str, Tensor]:
         """Climb what the policy is worth from z (B, Z), weight (B,); a penalty keeps it off saturation.
 
-        The penalty fades with the exploration: a young policy that saturates learns no more, a trained one has to be
-        let near the limits, where a penalty of the first size outweighs what an action is worth (docs/ablations.md).
+        With a horizon from the first ``model_batch_size`` of the rows alone: that is dearer by the row, and worth more.
+        The penalty fades with the exploration: a policy that saturates early explores less, and a trained one gained by
+        being let near the limits (docs/ablations.md, "What the policy climbs").
         """
         c = self.config
-        if c.policy_horizon:  # dearer by the row, and worth more
+        if c.policy_horizon:
             z, weight = z[: c.model_batch_size], weight[: c.model_batch_size]
         self.value.requires_grad_(False)
         worth, size = self._policy_worth(z)
@@ -255,9 +257,9 @@ class PlannerAgent(ActingAgent):
         """What the policy is worth from z (B, Z), and the mean square of its pre-activations: (B,) each.
 
         The return of ``policy_horizon`` imagined steps and the mean value of the next, whose gradient goes through the
-        slow model: a value-expanded stochastic value gradient (SVG(H), 1510.09142 and 2008.12775). The actions are
-        noisy, so that it is that of a smoothed value. Without a horizon it is the first value, as in TD3 (1802.09477).
-        What each of these is worth: ``python -m benchmarks.policy_gradients``.
+        slow model: a value-expanded stochastic value gradient (SVG(H), 1510.09142 and 2008.12775). The actions of all
+        steps are noisy, so that it is that of a smoothed value, and count in the mean square. Without a horizon it is
+        the first value, as in TD3 (1802.09477). ``python -m benchmarks.policy_gradients`` compares such gradients.
         """
         c = self.config
         worth, discount, sizes = 0.0, 1.0, []

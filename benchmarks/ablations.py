@@ -33,8 +33,8 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "wide_loop": ("dynamics.hidden_dim=128", "dynamics.block_dim=256"),
     "wide_values": ("agent.value_dim=224",),
     "large_batch": ("agent.batch_size=256",),
-    "small_penalty": ("agent.policy_penalty=2e-5",),
-    "large_penalty": ("agent.policy_penalty_final=4e-4",),
+    "small_penalty_from_the_start": ("agent.policy_penalty=2e-5",),
+    "large_penalty_to_the_end": ("agent.policy_penalty_final=4e-4",),
     "value_gradient": ("agent.policy_horizon=0", "agent.policy_std=0"),
     "value_gradient_large_penalty": (
         "agent.policy_horizon=0",

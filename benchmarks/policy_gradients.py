@@ -3,13 +3,14 @@
 python -m benchmarks.policy_gradients runs/x runs/y
 
 From states that a run's policy comes to, the simulator plays small changes of the next action, and the policy after
-them. What each change is truly worth is its discounted reward over ``REAL`` steps and the mean value of where they end.
-Against that stands what a gradient foretells: its product with the change. Their correlation over the changes of one
-state, the mean over states, is what a step along the gradient can count on; one would be all, zero none of it.
+them. What each change was worth is (a) the discounted reward of 30 steps, or (b) that of 10 and the mean value of where
+they end. Against that stands what a gradient foretells: its product with the change. Their correlation over the changes
+of one state, the mean over states, is what a step along the gradient can count on; one would be all, zero none of it.
+Neither truth is whole: (a) leaves out what comes later, and (b) shares the value with what it judges.
 
 Gradients: through 0 (the value alone), 1, 2, 3 and 5 imagined steps; of the first value or of the mean of both; at the
-policy's action, or the mean of some at noisy ones. A policy sits where the gradient it climbs is small, so that of its
-own learning looks worse than to a policy that climbed another: compare those that it did not climb.
+policy's action, or the mean of some at noisy ones (the first action alone; ``policy_std`` is on every one). A policy
+sits where the gradient it climbs is small, so its own (``climbed``) looks worse than it did to the policy that learnt.
 """
 
 from __future__ import annotations
@@ -25,25 +26,27 @@ import torch
 from torch import Tensor
 
 from agents import PlannerAgent, load_agent
-from benchmarks.diagnose import SEED, turned
+from benchmarks.diagnose import SEED
 from benchmarks.harness import interval, parser, report
 from envs import TaskError, make_env
 from loopwm.config import ConfigError
 from loopwm.training.checkpoint import CheckpointError
 
-REAL = (3, 10)  # agent steps in the simulator, before the value speaks
+REWARDS, BOOTSTRAP = 30, 10  # agent steps in the simulator, of (a) and (b)
+TRUTHS = (f"rewards of {REWARDS} steps", f"rewards of {BOOTSTRAP} steps and the value")
 HORIZONS = (0, 1, 2, 3, 5)  # imagined steps
+PLAIN, DEFAULT = "0 steps, 1 values, noise 0.0", "3 steps, 2 values, noise 0.2"  # what the verdict compares
 CHANGE = 0.15  # spread of the changes, action units
 NOISE, DRAWS = 0.2, 16  # of the smoothed gradients, action units; actions in their mean
-LATEST = 200  # agent step at which a state is taken
+LATEST = 200  # agent step before which a state is taken, at random; an episode that is over sooner is left out
 
 
 class Changes(NamedTuple):
-    """What changes of the next action were worth, in S states: the first of K + 1 is none."""
+    """What K changed actions were worth in each of S states."""
 
     obs: Tensor  # (S, O)
-    action: Tensor  # (S, K + 1, A)
-    worth: dict[int, Tensor]  # by the steps of ``REAL``: (S, K + 1)
+    action: Tensor  # (S, K, A)
+    worth: dict[str, Tensor]  # by the names of ``TRUTHS``: (S, K)
 
 
 @torch.no_grad()
@@ -58,7 +61,7 @@ def play_changes(agent: PlannerAgent, task: str, repeat: int, states: int, chang
     """
     if agent.discrete:
         raise TaskError(f"{task}: its actions are discrete, and have no small changes")
-    rng, longest = np.random.default_rng(SEED), max(REAL)
+    rng = np.random.default_rng(SEED)
     env, rows = make_env(task, action_repeat=repeat, seed=SEED), []
     for state in range(states):
         obs, past = env.reset(seed=SEED + state)[0], []
@@ -69,35 +72,33 @@ def play_changes(agent: PlannerAgent, task: str, repeat: int, states: int, chang
                 break
         else:
             own = _act_of(agent, obs)
-            action = np.clip(own + CHANGE * rng.standard_normal((changes + 1, len(own))), -1.0, 1.0)
-            action[0] = own
-            worth = [_worth(agent, env, SEED + state, [*past, first.astype(np.float32)], longest) for first in action]
+            action = np.clip(own + CHANGE * rng.standard_normal((changes, len(own))), -1.0, 1.0).astype(np.float32)
+            worth = [_worth(agent, env, SEED + state, [*past, first]) for first in action]
             rows.append((obs, action, np.array(worth)))
     env.close()
     if not rows:
         raise TaskError(f"{task}: episodes are over within {LATEST} steps, before a state was taken")
     obs, action, worth = (torch.from_numpy(np.array(column, np.float32)) for column in zip(*rows, strict=True))
-    return Changes(obs, action, {steps: worth[:, :, i] for i, steps in enumerate(REAL)})
+    return Changes(obs, action, {name: worth[:, :, i] for i, name in enumerate(TRUTHS)})
 
 
-def _worth(agent: PlannerAgent, env: Any, seed: int, actions: list[np.ndarray], longest: int) -> list[float]:
-    """For each number of ``REAL``: discounted reward from the last of ``actions`` on, and the value after it."""
+def _worth(agent: PlannerAgent, env: Any, seed: int, actions: list[np.ndarray]) -> tuple[float, float]:
+    """What the last of ``actions``, and the policy after it, were worth by each of ``TRUTHS``."""
     obs, discount = env.reset(seed=seed)[0], agent.config.discount
     for action in actions[:-1]:
         obs = env.step(action)[0]
-    found, total, action = {}, 0.0, actions[-1]
-    for step in range(longest):
+    total, bootstrapped, action = 0.0, None, actions[-1]
+    for step in range(1, REWARDS + 1):
         obs, reward, terminated, truncated, _ = env.step(action)
-        total += discount**step * float(reward)
-        alive = 0.0 if terminated else discount ** (step + 1)
-        action = _act_of(agent, obs)
-        if step + 1 in REAL:
-            z = agent.encode(torch.as_tensor(obs)[None])
-            found[step + 1] = total + alive * float(agent.state_value(z))
-        if terminated or truncated:
+        total += discount ** (step - 1) * float(reward)
+        over = terminated or truncated
+        if bootstrapped is None and (over or step == BOOTSTRAP):
+            value = float(agent.state_value(agent.encode(torch.as_tensor(obs)[None])))
+            bootstrapped = total + (0.0 if terminated else discount**step * value)
+        if over:
             break
-    last = total + alive * float(agent.state_value(agent.encode(torch.as_tensor(obs)[None])))
-    return [found.get(steps, last) for steps in REAL]
+        action = _act_of(agent, obs)
+    return total, bootstrapped
 
 
 def _act_of(agent: PlannerAgent, obs: np.ndarray) -> np.ndarray:
@@ -133,17 +134,17 @@ def agreement(found: Tensor, truth: Tensor) -> float:
 def compare(run_dir: Path, states: int, changes: int) -> list[dict[str, Any]]:
     """A row for each gradient of one run."""
     agent, cfg, frames = load_agent(run_dir)
-    policy = turned(agent, plan_samples=0)
-    played = play_changes(policy, cfg.task.id, cfg.task.action_repeat, states, changes)
-    z = policy.encode(played.obs).detach()
-    step = played.action[:, 1:] - played.action[:, :1]  # (S, K, A)
+    played = play_changes(agent, cfg.task.id, cfg.task.action_repeat, states, changes)
+    z = agent.encode(played.obs).detach()
+    step = played.action - agent.policy(z)[0].detach().unsqueeze(1)  # (S, K, A)
+    learnt = (cfg.agent.policy_horizon, 2 if cfg.agent.policy_horizon else 1, cfg.agent.policy_std)
     rows = []
     for horizon, both, noise in itertools.product(HORIZONS, (False, True), (0.0, NOISE)):
-        foretold = (step * gradient(policy, z, horizon, both, noise).unsqueeze(1)).sum(-1)  # (S, K)
-        row = {"run": str(run_dir), "task": cfg.task.id, "seed": cfg.seed, "frames": frames}
-        row |= {"climbed": cfg.agent.policy_horizon, "horizon": horizon, "values": 2 if both else 1, "noise": noise}
-        for steps, worth in played.worth.items():
-            row[f"agreement, {steps} real steps"] = round(agreement(foretold, worth[:, 1:] - worth[:, :1]), 3)
+        foretold = (step * gradient(agent, z, horizon, both, noise).unsqueeze(1)).sum(-1)  # (S, K)
+        row = {"run": run_dir.name, "task": cfg.task.id, "seed": cfg.seed, "frames": frames}
+        kind = (horizon, 2 if both else 1, noise)
+        row |= dict(zip(("horizon", "values", "noise"), kind, strict=True)) | {"climbed": kind == learnt}
+        row |= {name: round(agreement(foretold, worth), 3) for name, worth in played.worth.items()}
         rows.append(row | {"states": len(z), "changes": changes})
     return rows
 
@@ -165,13 +166,17 @@ def main(arguments: list[str]) -> int:
         return 2
     for row in rows:
         print(json.dumps(row))
-    key, headline = f"agreement, {max(REAL)} real steps", {}
-    for horizon, values, noise in itertools.product(HORIZONS, (1, 2), (0.0, NOISE)):
-        same = [r[key] for r in rows if (r["horizon"], r["values"], r["noise"]) == (horizon, values, noise)]
-        headline[f"{horizon} steps, {values} values, noise {noise}"] = interval(same)
-    best = max(headline, key=lambda name: headline[name]["value"])
-    plain = headline["0 steps, 1 values, noise 0.0"]["value"]
-    verdict = f"Best over {len(args.run_dirs)} runs: {best}, {headline[best]['value']}; of the first value {plain}."
+    headline, said = {}, []
+    for name, horizon, values, noise in itertools.product(TRUTHS, HORIZONS, (1, 2), (0.0, NOISE)):
+        same = [r[name] for r in rows if (r["horizon"], r["values"], r["noise"]) == (horizon, values, noise)]
+        headline[f"{name}: {horizon} steps, {values} values, noise {noise}"] = interval(same)
+    for name in TRUTHS:
+        alone, through = (headline[f"{name}: {kind}"]["value"] for kind in (PLAIN, DEFAULT))
+        said.append(f"{alone} and {through} by the {name}")
+    verdict = (
+        f"Over {len(args.run_dirs)} runs the gradient of the first value alone and that through three imagined steps, "
+        f"with both values and noise, agree with what actions were worth by {'; '.join(said)}."
+    )
     report("policy_gradients", args, sorted({row["seed"] for row in rows}), rows, headline, verdict)
     return 0
 

@@ -134,7 +134,7 @@ class PlannerConfig(Section):
     activation: Annotated[str, OneOf(("relu", "silu"))] = "relu"  # of encoder, heads, policy and values
     horizon: Count = 3  # H, how far the model is unrolled in training, agent steps
     batch_size: Count = 128  # B, subsequences in one update of value and policy, count
-    model_batch_size: Count = 64  # how many of them train the world model, count
+    model_batch_size: Count = 64  # how many train the world model, and the policy by policy_horizon, count
     model_every: Count = 1  # updates of value and policy for one of the world model, count
     value_loss: Annotated[str, OneOf(("huber", "two_hot"))] = "two_hot"  # a value is a number, or a distribution
     value_loops: Whole = 0  # the value also reads the slow model's state after so many loops, loops; 0: it does not
@@ -144,7 +144,7 @@ class PlannerConfig(Section):
     clip_norm: Positive = 20.0  # largest norm of a gradient, no unit
     discount: Fraction = 0.99  # worth of the next agent step's return, no unit, in (0, 1)
     n_step: Count = 3  # rewards summed before the value target bootstraps, agent steps
-    imagined_steps: Whole = 0  # value and policy also learn on latents imagined 1 .. this many ahead, agent steps
+    imagined_steps: Whole = 0  # the value also learns on latents imagined 1 .. this many ahead, agent steps
     priority: Share = 0.4  # a transition's priority is its value error to this power; 0: all are drawn alike
     tau: Share = 0.02  # part of the new weights the value and policy targets take per update, in [0, 1]
     model_tau: Share = 0.01  # the same for the slow world model, whose latents are predicted and acted on, in [0, 1]
@@ -153,16 +153,16 @@ class PlannerConfig(Section):
     reward_weight: NonNegative = 0.2  # weight of the reward loss, no unit
     continuation_weight: NonNegative = 0.2  # weight of the continuation loss, no unit
     jacobian_weight: NonNegative = 0.1  # weight of the penalty on the loop's Jacobian in mode soft, no unit
-    policy_horizon: Whole = 3  # imagined steps through which the policy's gradient goes; 0: the value's alone
-    policy_std: NonNegative = 0.2  # spread of the noise on actions that the policy learns by, action units
+    policy_horizon: Whole = 3  # imagined steps that the policy's gradient goes through, agent steps; 0: the value's
+    policy_std: NonNegative = 0.2  # noise on actions the policy learns by, action units (discrete: probability)
     policy_penalty: NonNegative = 4e-4  # first weight of the policy's squared pre-activations, no unit
-    policy_penalty_final: NonNegative = 2e-5  # its last weight, reached with explore_decay_steps, no unit
+    policy_penalty_final: NonNegative = 2e-5  # its last weight, larger or smaller, with explore_decay_steps, no unit
     smooth_std: NonNegative = 0.2  # spread of the noise on target actions, action units (discrete: probability)
     smooth_clip: NonNegative = 0.3  # largest noise on target actions, action units
     seed_steps: Whole = 1000  # random actions before learning starts, agent steps
     explore_std: NonNegative = 0.4  # first spread of the exploration noise, action units (discrete: probability)
     explore_std_final: NonNegative = 0.15  # its last spread, action units
-    explore_decay_steps: Whole = 15_000  # agent steps from the first to the last spread
+    explore_decay_steps: Whole = 15_000  # agent steps from first to last spread (and penalty of the policy)
     explore_correlation: Share = 0.6  # correlation of the noise from step to step, in [0, 1]
     plan_samples: Whole = 256  # action sequences of a plan's first iteration, count; 0: the policy acts alone
     eval_samples: Whole = 64  # the most of them while evaluating, count
@@ -251,8 +251,11 @@ def _as_before(tree: object) -> object:
     if not isinstance(tree, dict) or not isinstance(tree.get("agent"), dict):
         return tree
     agent = tree["agent"]
-    planned = {"eval_samples": agent["plan_samples"]} if "plan_samples" in agent else {}
-    return tree | {"agent": {"priority": 0.0, "novelty_spread": 0.0} | planned | agent}
+    before = {"priority": 0.0, "novelty_spread": 0.0, "policy_horizon": 0, "policy_std": 0.0}
+    if "plan_samples" in agent:
+        before["eval_samples"] = agent["plan_samples"]
+    before["policy_penalty_final"] = agent.get("policy_penalty", PlannerConfig.policy_penalty)
+    return tree | {"agent": before | agent}
 
 
 def read_config(path: str | os.PathLike[str]) -> Config:

@@ -348,25 +348,57 @@ def test_a_gradient_is_the_slope_of_what_it_says(horizon):
     assert not torch.allclose(policy_gradients.gradient(agent, z.detach(), horizon, True, 0.3), found)
 
 
+def worth_by_hand(agent, env, obs, action, steps):
+    """(discounted reward, what of it is left, the last observation) of ``action`` and the policy after it."""
+    total, left = 0.0, 1.0
+    for step in range(steps):
+        obs, reward, terminated, *_ = env.step(action)
+        total += 0.9**step * float(reward)
+        left *= 0.0 if terminated else 0.9
+        if terminated:
+            break
+        action = policy_gradients._act_of(agent, obs)
+    return total, left, obs
+
+
 def test_a_changed_action_is_worth_what_the_simulator_says():
     task = "gym/Pendulum-v1"
     agent = make_agent(load_config([f"task={task}", "size=small", "agent.discount=0.9"]), 3, 1, False)
-    agent.state_value = lambda z: torch.full(z.shape[:-1], 7.0)
+    agent.state_value = lambda z: 5.0 * z[..., 0]
     found = policy_gradients.play_changes(agent, task, 1, 2, 3)
-    assert found.obs.shape == (2, 3) and found.action.shape == (2, 4, 1)
-    torch.testing.assert_close(found.action[:, 0], agent.policy(agent.encode(found.obs))[0].detach())
+    assert found.obs.shape == (2, 3) and found.action.shape == (2, 3, 1)
+    assert (found.action - agent.policy(agent.encode(found.obs))[0].unsqueeze(1)).abs().min() > 0.0
+    names = {
+        policy_gradients.REWARDS: policy_gradients.TRUTHS[0],
+        policy_gradients.BOOTSTRAP: policy_gradients.TRUTHS[1],
+    }
     for state in range(2):
-        env = make_env(task, action_repeat=1, seed=0)
-        obs = env.reset(seed=diagnose.SEED + state)[0]
-        while not np.allclose(obs, found.obs[state].numpy(), atol=1e-6):
-            obs = env.step(policy_gradients._act_of(agent, obs))[0]
-        total, action = 0.0, found.action[state, 2].numpy()
-        for step in range(3):
-            obs, reward, *_ = env.step(action)
-            total += 0.9**step * reward
-            action = policy_gradients._act_of(agent, obs)
-        assert float(found.worth[3][state, 2]) == pytest.approx(total + 0.9**3 * 7.0, rel=1e-4)
-    assert (found.worth[10][:, 1:] != found.worth[10][:, :1]).all()
+        for steps, name in names.items():
+            env = make_env(task, action_repeat=1, seed=0)
+            obs = env.reset(seed=diagnose.SEED + state)[0]
+            while not np.allclose(obs, found.obs[state].numpy(), atol=1e-6):
+                obs = env.step(policy_gradients._act_of(agent, obs))[0]
+            total, left, obs = worth_by_hand(agent, env, obs, found.action[state, 2].numpy(), steps)
+            if steps == policy_gradients.BOOTSTRAP:
+                total += left * float(agent.state_value(agent.encode(torch.as_tensor(obs)[None])))
+            assert float(found.worth[name][state, 2]) == pytest.approx(total, rel=1e-4)
+
+
+def test_nothing_is_worth_anything_after_a_termination():
+    """Rewards of one for four steps, then a terminal one: no value is added, whatever it says."""
+
+    class Short:
+        def reset(self, seed):
+            self.left = 4
+            return np.zeros(3, np.float32), {}
+
+        def step(self, action):
+            self.left -= 1
+            return np.zeros(3, np.float32), 1.0, self.left == 0, False, {}
+
+    agent = make_agent(load_config(["task=gym/Pendulum-v1", "size=small", "agent.discount=0.5"]), 3, 1, False)
+    agent.state_value = lambda z: torch.full(z.shape[:-1], 100.0)
+    assert policy_gradients._worth(agent, Short(), 0, [np.zeros(1)]) == (1.875, 1.875)
 
 
 def test_gradients_of_a_run_are_compared(tmp_path, capsys, monkeypatch):
@@ -378,8 +410,10 @@ def test_gradients_of_a_run_are_compared(tmp_path, capsys, monkeypatch):
     assert policy_gradients.main([str(tmp_path / "run"), "--quick", "--json", str(found)]) == 0
     rows = json.loads(found.read_text())["rows"]
     assert len(rows) == len(policy_gradients.HORIZONS) * 4
-    assert all(-1.0 <= row["agreement, 10 real steps"] <= 1.0 for row in rows)
-    assert "of the first value" in capsys.readouterr().out
+    assert [row["climbed"] for row in rows].count(True) == 1  # three steps, both values, noise 0.2
+    for name in policy_gradients.TRUTHS:
+        assert all(abs(row[name]) <= 1.0 for row in rows) and len({row[name] for row in rows}) > 2
+    assert "over 1 runs" in capsys.readouterr().out.lower()
     for wrong in (tmp_path / "discrete", tmp_path / "none"):
         assert policy_gradients.main([str(wrong)]) == 2
         assert capsys.readouterr().err.count("\n") == 1

@@ -133,8 +133,9 @@ def test_mppi_says_how_far_the_first_scores_lie_apart():
 
 
 def test_mppi_stays_in_range_when_the_optimum_lies_outside():
-    action, _ = run_mppi(quadratic, torch.full((2, 2 * A), 3.0))
-    assert (action <= 1.0).all() and (action > 0.8).all()
+    """Most of the way in every seed; some stop short, since a quarter of the draws lets the spread shrink early."""
+    found = torch.stack([run_mppi(quadratic, torch.full((2, 2 * A), 3.0), seed=seed)[0] for seed in range(6)])
+    assert (found <= 1.0).all() and (found > 0.7).all() and found.mean() > 0.95
 
 
 def test_mppi_prefers_a_policy_that_knows():
@@ -693,7 +694,8 @@ def test_imagined_rows_are_the_real_steps_of_imagined_latents(monkeypatch):
 
 
 def test_value_and_policy_learn_on_imagined_latents_too(monkeypatch):
-    agent, seen = make(imagined_steps=2), {}
+    """The policy where it has no horizon of its own."""
+    agent, seen = make(imagined_steps=2, policy_horizon=0), {}
     for name in ("_update_value", "_update_policy"):
         kept = getattr(agent, name)
         monkeypatch.setattr(
@@ -763,13 +765,36 @@ def test_the_policy_learns_by_what_the_model_alone_tells(discrete):
     assert all(p.grad is None for p in agent.slow_model.parameters())
 
 
-def test_the_policy_learns_by_noisy_actions(monkeypatch):
-    agent, seen = make(policy_horizon=1, policy_std=0.3), []
-    pair = agent.pair
+def test_every_action_that_the_policy_learns_by_is_noisy(monkeypatch):
+    agent, seen = make(policy_horizon=2, policy_std=0.3), []
+    pair, dynamics = agent.pair, agent.slow_model.dynamics
     monkeypatch.setattr(agent, "pair", lambda z, action: seen.append(action.detach()) or pair(z, action))
-    z = torch.zeros(4000, 6)
-    agent._policy_worth(z)
-    assert seen[0].std(0).max() == pytest.approx(0.3, rel=0.1)
+    monkeypatch.setattr(
+        dynamics,
+        "forward",
+        lambda z, a, *rest: seen.append(a.detach()) or type(dynamics).forward(dynamics, z, a, *rest),
+    )
+    agent._policy_worth(torch.zeros(4000, 6))  # the same latent, whose own action is the same
+    assert len(seen) == 3 and seen[0].std(0).min() == pytest.approx(0.3, rel=0.1)
+    assert all(action.std(0).min() > 0.2 for action in seen)
+
+
+def test_a_share_of_the_discrete_actions_that_the_policy_learns_by_is_random():
+    agent = make(True, policy_horizon=0, policy_std=0.6)
+    seen, pair = [], agent.pair
+    agent.pair = lambda z, action: seen.append(action.detach()) or pair(z, action)
+    agent._policy_worth(torch.zeros(4000, 6))
+    share = float((seen[0].argmax(-1) != seen[0].argmax(-1).mode()[0]).float().mean())
+    assert share == pytest.approx(0.6 * (A - 1) / A, abs=0.05)
+
+
+def test_the_penalty_is_of_all_actions_that_the_policy_learns_by():
+    agent, raws = make(policy_horizon=2, policy_std=0.0), []
+    forward = agent.policy.forward
+    agent.policy.forward = lambda z: raws.append(forward(z)) or raws[-1]
+    _, size = agent._policy_worth(torch.randn(12, 6))
+    torch.testing.assert_close(size, torch.stack([raw.square().mean(-1) for _, raw in raws]).mean(0))
+    assert len(raws) == 3
 
 
 def test_the_policys_penalty_fades_with_the_exploration():
@@ -782,6 +807,14 @@ def test_the_policys_penalty_fades_with_the_exploration():
         agent.acted = acted
         size = float(agent.policy(z)[1].detach().square().mean())
         assert float(agent._update_policy(z, torch.ones(12))["loss/policy"]) == pytest.approx(weight * size, rel=1e-4)
+
+
+def test_a_policy_without_a_horizon_learns_from_all_rows():
+    one, other = make(policy_horizon=0, policy_std=0.0), make(policy_horizon=0, policy_std=0.0)
+    z = torch.randn(12, 6)
+    one._update_policy(z, torch.ones(12))
+    other._update_policy(z[:6], torch.ones(6))
+    assert not torch.equal(one.policy_optimizer.flat, other.policy_optimizer.flat)
 
 
 def test_a_policy_of_a_horizon_learns_from_the_models_share_of_the_batch():
