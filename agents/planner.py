@@ -2,8 +2,8 @@
 
 After TD-MPC2 (2310.16828) and MR.Q (2501.16142): the world model is trained by multi-step latent consistency, reward
 and continuation; the value off it, on real latents (with ``imagined_steps`` on imagined ones too), by n-step double
-Q-learning (TD3 style); the policy by its return through some steps of the model and the value after them. Here is how
-it learns; how it acts stands in agents/acting.py.
+Q-learning (TD3 style); the policy by the value's gradient, or (``policy_horizon``) by that of its return through some
+steps of the model and the value after them. Here is how it learns; how it acts stands in agents/acting.py.
 """
 
 from __future__ import annotations
@@ -235,9 +235,8 @@ class PlannerAgent(ActingAgent):
     def _update_policy(self, z: Tensor, weight: Tensor) -> dict[str, Tensor]:
         """Climb what the policy is worth from z (B, Z), weight (B,); a penalty keeps it off saturation.
 
-        With a horizon from the first ``model_batch_size`` of the rows alone: that is dearer by the row, and worth more.
-        The penalty fades with the exploration: a policy that saturates early explores less, and a trained one gained by
-        being let near the limits (docs/ablations.md, "What the policy climbs").
+        With a horizon from the first ``model_batch_size`` of the rows alone, since it is dearer by the row. The penalty
+        may fade with the exploration (``policy_penalty_kept``): a policy that saturates early explores less.
         """
         c = self.config
         if c.policy_horizon:
@@ -245,7 +244,7 @@ class PlannerAgent(ActingAgent):
         self.value.requires_grad_(False)
         worth, size = self._policy_worth(z)
         scale = masked_mean(worth.detach().abs(), weight).clamp_min(1e-3)
-        penalty = self._annealed(c.policy_penalty, c.policy_penalty_final)
+        penalty = c.policy_penalty * self._annealed(1.0, c.policy_penalty_kept)
         loss = masked_mean(penalty * size - worth / scale, weight)
         self.policy_optimizer.zero_grad()
         loss.backward()

@@ -144,7 +144,7 @@ class PlannerConfig(Section):
     clip_norm: Positive = 20.0  # largest norm of a gradient, no unit
     discount: Fraction = 0.99  # worth of the next agent step's return, no unit, in (0, 1)
     n_step: Count = 3  # rewards summed before the value target bootstraps, agent steps
-    imagined_steps: Whole = 0  # the value also learns on latents imagined 1 .. this many ahead, agent steps
+    imagined_steps: Whole = 0  # value (and policy, with no horizon) also learn on latents so many ahead, agent steps
     priority: Share = 0.4  # a transition's priority is its value error to this power; 0: all are drawn alike
     tau: Share = 0.02  # part of the new weights the value and policy targets take per update, in [0, 1]
     model_tau: Share = 0.01  # the same for the slow world model, whose latents are predicted and acted on, in [0, 1]
@@ -153,20 +153,20 @@ class PlannerConfig(Section):
     reward_weight: NonNegative = 0.2  # weight of the reward loss, no unit
     continuation_weight: NonNegative = 0.2  # weight of the continuation loss, no unit
     jacobian_weight: NonNegative = 0.1  # weight of the penalty on the loop's Jacobian in mode soft, no unit
-    policy_horizon: Whole = 3  # imagined steps that the policy's gradient goes through, agent steps; 0: the value's
-    policy_std: NonNegative = 0.2  # noise on actions the policy learns by, action units (discrete: probability)
-    policy_penalty: NonNegative = 4e-4  # first weight of the policy's squared pre-activations, no unit
-    policy_penalty_final: NonNegative = 2e-5  # its last weight, larger or smaller, with explore_decay_steps, no unit
+    policy_horizon: Whole = 0  # imagined steps that the policy's gradient goes through, agent steps; 0: the value's
+    policy_std: NonNegative = 0.0  # noise on actions the policy learns by, action units (discrete: probability)
+    policy_penalty: NonNegative = 4e-4  # weight of the squared pre-activations of the policy, no unit
+    policy_penalty_kept: Share = 1.0  # part of it that is left after explore_decay_steps, in [0, 1]
     smooth_std: NonNegative = 0.2  # spread of the noise on target actions, action units (discrete: probability)
     smooth_clip: NonNegative = 0.3  # largest noise on target actions, action units
     seed_steps: Whole = 1000  # random actions before learning starts, agent steps
     explore_std: NonNegative = 0.4  # first spread of the exploration noise, action units (discrete: probability)
     explore_std_final: NonNegative = 0.15  # its last spread, action units
-    explore_decay_steps: Whole = 15_000  # agent steps from first to last spread (and penalty of the policy)
+    explore_decay_steps: Whole = 15_000  # agent steps from the first to the last spread
     explore_correlation: Share = 0.6  # correlation of the noise from step to step, in [0, 1]
     plan_samples: Whole = 256  # action sequences of a plan's first iteration, count; 0: the policy acts alone
     eval_samples: Whole = 64  # the most of them while evaluating, count
-    plan_iterations: Count = 3  # times a plan is fitted, count; after the first with a quarter of the samples
+    plan_iterations: Count = 1  # times a plan is fitted, count; after the first with a quarter of the samples
     plan_horizon: Count = 3  # how far a plan looks ahead, agent steps
     plan_std: Share = 1.0  # first spread of a plan around the policy, action units (discrete: share of uniform draws)
     plan_std_final: Share = 0.15  # its last spread, reached with explore_decay_steps, action units
@@ -251,11 +251,8 @@ def _as_before(tree: object) -> object:
     if not isinstance(tree, dict) or not isinstance(tree.get("agent"), dict):
         return tree
     agent = tree["agent"]
-    before = {"priority": 0.0, "novelty_spread": 0.0, "policy_horizon": 0, "policy_std": 0.0}
-    if "plan_samples" in agent:
-        before["eval_samples"] = agent["plan_samples"]
-    before["policy_penalty_final"] = agent.get("policy_penalty", PlannerConfig.policy_penalty)
-    return tree | {"agent": before | agent}
+    planned = {"eval_samples": agent["plan_samples"]} if "plan_samples" in agent else {}
+    return tree | {"agent": {"priority": 0.0, "novelty_spread": 0.0} | planned | agent}
 
 
 def read_config(path: str | os.PathLike[str]) -> Config:

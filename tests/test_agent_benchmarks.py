@@ -410,7 +410,7 @@ def test_gradients_of_a_run_are_compared(tmp_path, capsys, monkeypatch):
     assert policy_gradients.main([str(tmp_path / "run"), "--quick", "--json", str(found)]) == 0
     rows = json.loads(found.read_text())["rows"]
     assert len(rows) == len(policy_gradients.HORIZONS) * 4
-    assert [row["climbed"] for row in rows].count(True) == 1  # three steps, both values, noise 0.2
+    assert [row["climbed"] for row in rows].count(True) == 1  # the first value alone
     for name in policy_gradients.TRUTHS:
         assert all(abs(row[name]) <= 1.0 for row in rows) and len({row[name] for row in rows}) > 2
     assert "over 1 runs" in capsys.readouterr().out.lower()

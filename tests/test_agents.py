@@ -734,7 +734,7 @@ def test_without_a_horizon_the_policy_climbs_the_first_value():
 @pytest.mark.parametrize("horizon", [0, 2])
 def test_the_policys_gradient_is_the_slope_of_its_worth(horizon):
     """Central differences along the gradient, in float64: it goes through every imagined step."""
-    agent = make(policy_horizon=horizon, policy_std=0.0, policy_penalty=0.0, policy_penalty_final=0.0)
+    agent = make(policy_horizon=horizon, policy_std=0.0, policy_penalty=0.0)
     for module in (agent.policy, agent.value, agent.slow_model):
         module.double()
     z = torch.randn(20, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -751,7 +751,7 @@ def test_the_policys_gradient_is_the_slope_of_its_worth(horizon):
 
 @KINDS
 def test_the_policy_learns_by_what_the_model_alone_tells(discrete):
-    agent = make(discrete, policy_horizon=2, policy_std=0.0, policy_penalty=0.0, policy_penalty_final=0.0)
+    agent = make(discrete, policy_horizon=2, policy_std=0.0, policy_penalty=0.0)
     agent.update(filled_replay(discrete))
     for member in agent.value.members:  # a value that is the same everywhere
         torch.nn.init.zeros_(member[-1].weight)
@@ -799,7 +799,7 @@ def test_the_penalty_is_of_all_actions_that_the_policy_learns_by():
 
 def test_the_policys_penalty_fades_with_the_exploration():
     """A worthless world, so that the loss is the penalty: from 8 to 2 times the mean square, half way down at 5."""
-    agent = make(policy_penalty=8.0, policy_penalty_final=2.0, policy_horizon=0, explore_decay_steps=100)
+    agent = make(policy_penalty=8.0, policy_penalty_kept=0.25, explore_decay_steps=100)
     for member in agent.value.members:
         torch.nn.init.zeros_(member[-1].weight)
     z = torch.randn(12, 6)
@@ -840,7 +840,7 @@ def test_the_value_reads_the_slow_models_loop_state(name):
 
 @KINDS
 def test_a_value_that_reads_the_loop_state_trains_no_model_and_leads_the_policy_through_it(discrete):
-    agent = make(discrete, value_loops=2, imagined_steps=1, policy_penalty=0.0, policy_penalty_final=0.0)
+    agent = make(discrete, value_loops=2, imagined_steps=1, policy_penalty=0.0)
     agent.update(filled_replay(discrete))
     for member in agent.value.members:  # deaf to z and a, so that the loop state alone is heard
         with torch.no_grad():
@@ -867,7 +867,7 @@ def test_rows_without_weight_teach_the_value_nothing():
 
 
 def test_rows_without_weight_teach_the_policy_nothing():
-    still = {"policy_penalty": 0.1, "policy_penalty_final": 0.1, "policy_std": 0.0, "model_batch_size": 8}
+    still = {"policy_penalty": 0.1, "policy_std": 0.0, "model_batch_size": 8}
     one, other = make(**still), make(**still)
     z = torch.randn(8, 6)
     one._update_policy(z, (torch.arange(8) < 5).float())
@@ -888,9 +888,13 @@ def test_smoothing_noise_is_clipped(monkeypatch):
 # ---- updates ------------------------------------------------------------------------------------------
 
 
+HORIZON = {"policy_horizon": 2, "policy_std": 0.2, "policy_penalty_kept": 0.1}
+
+
+@pytest.mark.parametrize("settings", [{}, HORIZON], ids=["value", "horizon"])
 @KINDS
-def test_update_moves_every_part(discrete):
-    agent, replay = make(discrete), filled_replay(discrete)
+def test_update_moves_every_part(discrete, settings):
+    agent, replay = make(discrete, **settings), filled_replay(discrete)
     before = weights(agent)
     named = [(module, dict(module.named_parameters())) for module in (agent.world_model, agent.value, agent.policy)]
     metrics = agent.update(replay)
@@ -946,7 +950,7 @@ def test_each_loss_trains_its_own_part():
 
 
 def test_policy_climbs_a_known_value(monkeypatch):
-    agent = make(learning_rate=0.01, policy_penalty=0.0, policy_penalty_final=0.0, policy_horizon=0)
+    agent = make(learning_rate=0.01, policy_penalty=0.0, policy_horizon=0)
 
     def known(pair):
         return -(pair[..., -A:] - 0.5).square().sum(-1) - 1.0
@@ -1016,9 +1020,9 @@ def test_an_agent_that_was_saved_on_another_kind_of_device_is_restored():
 
 
 @KINDS
-@pytest.mark.parametrize("loss", ["huber", "two_hot"])
-def test_a_restored_agent_goes_on_bit_for_bit(loss, discrete):
-    first, second = (make(discrete, seed=seed, plan_collect=True, value_loss=loss) for seed in (0, 5))
+@pytest.mark.parametrize("settings", [{}, {"value_loss": "huber"}, HORIZON], ids=["two_hot", "huber", "horizon"])
+def test_a_restored_agent_goes_on_bit_for_bit(settings, discrete):
+    first, second = (make(discrete, seed=seed, plan_collect=True, **settings) for seed in (0, 5))
     for step in range(5):
         first.act(observations(seed=step), explore=True)
         first.update(filled_replay(discrete, seed=step))

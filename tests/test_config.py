@@ -145,17 +145,6 @@ def test_a_config_from_before_novelty_has_none(tmp_path) -> None:
     assert read_config(path).agent.novelty_spread == 0.0 < load_config([]).agent.novelty_spread
 
 
-def test_a_config_from_before_the_policy_had_a_horizon_climbs_the_value_alone() -> None:
-    tree = to_dict(load_config(["agent.policy_penalty=0.01"]))
-    assert parse_config(tree).agent.policy_horizon == 3
-    for name in ("policy_horizon", "policy_std", "policy_penalty_final"):
-        del tree["agent"][name]
-    agent = parse_config(tree).agent
-    assert (agent.policy_horizon, agent.policy_std, agent.policy_penalty_final) == (0, 0.0, 0.01)
-    del tree["agent"]["policy_penalty"]
-    assert parse_config(tree).agent.policy_penalty_final == parse_config(tree).agent.policy_penalty == 4e-4
-
-
 def test_a_dict_from_before_is_read_as_a_file_from_before_is() -> None:
     tree = to_dict(load_config(["agent.plan_samples=200", "agent.eval_samples=10"]))
     assert parse_config(tree) == load_config(["agent.plan_samples=200", "agent.eval_samples=10"])

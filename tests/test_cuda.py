@@ -84,7 +84,10 @@ def tensors_of(agent: PlannerAgent):
         yield from (*module.parameters(), *module.buffers())
 
 
-@pytest.mark.parametrize("settings", [{}, {"value_loss": "huber"}, {"value_loops": 2, "imagined_steps": 1}])
+HORIZON = {"policy_horizon": 2, "policy_std": 0.2, "policy_penalty_kept": 0.1}
+
+
+@pytest.mark.parametrize("settings", [{}, {"value_loss": "huber"}, {"value_loops": 2, "imagined_steps": 1}, HORIZON])
 @KINDS
 def test_an_agent_acts_learns_and_comes_back(discrete, settings, tmp_path):
     agent = make_agent(config(priority=0.4, plan_collect=True, **settings), 5, 3, discrete, torch.device(DEVICE))
