@@ -26,6 +26,7 @@ from loopwm.training.protocols import Agent
 from loopwm.training.replay import Replay
 
 OBS, ACTION, EPISODE, REPEAT = 24, 6, 500, 2  # of dmc/walker-run
+ROUNDS = 20
 VARIANTS = (
     "",
     "agent=fast",
@@ -64,37 +65,51 @@ def kernels(call: Callable[[], object], repeats: int = 5) -> tuple[float, float]
     return len(events) / repeats, sum(event.device_time for event in events) / repeats / 1e3
 
 
-def measure(variant: str, cfg: Config, device: torch.device, repeats: int) -> dict:
-    """One row: medians on one CPU thread beside the device."""
-    agent, replay = prepared(cfg, device)
-    obs, first = np.random.default_rng(1).normal(size=(1, OBS)).astype(np.float32), np.zeros(1, bool)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    c = agent.config
-    cycle = math.lcm(c.model_every, c.policy_every)  # updates until every part has been updated
+class Case:
+    """One setting on one device, timed a round at a time.
 
-    def update() -> None:
-        for _ in range(cycle):
-            agent.update(replay)
-        wait()
+    Machines drift, by a third within minutes: settings that are timed in turn, round by round, share what they meet.
+    """
 
-    def act() -> None:  # its result is on the CPU
-        agent.act(obs, explore=True, first=first)
+    def __init__(self, variant: str, cfg: Config, device: torch.device):
+        self.variant, self.device = variant or "default", device
+        self.agent, self.replay = prepared(cfg, device)
+        c = self.agent.config
+        self.cycle = math.lcm(c.model_every, c.policy_every)  # updates until every part has been updated
+        self.obs, self.first = np.random.default_rng(1).normal(size=(1, OBS)).astype(np.float32), np.zeros(1, bool)
+        self.updates, self.actions = [], []  # seconds: of a cycle, of an action
 
-    update_ms = 1e3 * float(np.median(median_seconds(update, repeats // cycle))) / cycle
-    action_ms = 1e3 * float(np.median(median_seconds(act, repeats)))
-    seconds = (c.update_ratio * update_ms + action_ms) / 1e3
-    row = {
-        "variant": variant or "default",
-        "device": device_name(device),
-        "parameters": agent.parameter_counts["total"],
-        "update_ms": round(update_ms, 2),
-        "action_ms": round(action_ms, 2),
-        "frames_per_second": round(REPEAT / seconds, 1),
-    }
-    if device.type == "cuda":
-        count, busy = kernels(update)
-        row |= {"kernels_per_update": round(count / cycle), "busy_ms": round(busy / cycle, 2)}
-    return row
+    def update(self) -> None:
+        for _ in range(self.cycle):
+            self.agent.update(self.replay)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def act(self) -> None:  # its result is on the CPU
+        self.agent.act(self.obs, explore=True, first=self.first)
+
+    def time(self, repeats: int) -> None:
+        """A round: ``repeats`` updates, about, and as many actions."""
+        self.updates += median_seconds(self.update, max(1, repeats // self.cycle), warmup=1)
+        self.actions += median_seconds(self.act, repeats, warmup=1)
+
+    def row(self) -> dict:
+        """Medians of all rounds, on one CPU thread beside the device."""
+        update_ms = 1e3 * float(np.median(self.updates)) / self.cycle
+        action_ms = 1e3 * float(np.median(self.actions))
+        seconds = (self.agent.config.update_ratio * update_ms + action_ms) / 1e3
+        row = {
+            "variant": self.variant,
+            "device": device_name(self.device),
+            "parameters": self.agent.parameter_counts["total"],
+            "update_ms": round(update_ms, 2),
+            "action_ms": round(action_ms, 2),
+            "frames_per_second": round(REPEAT / seconds, 1),
+        }
+        if self.device.type == "cuda":
+            count, busy = kernels(self.update)
+            row |= {"kernels_per_update": round(count / self.cycle), "busy_ms": round(busy / self.cycle, 2)}
+        return row
 
 
 def main(arguments: list[str]) -> None:
@@ -107,10 +122,14 @@ def main(arguments: list[str]) -> None:
     except ConfigError as error:
         p.error(str(error))
     torch.set_num_threads(1)
-    rows = []
-    for variant, device in itertools.product(args.variant, args.device):
-        rows.append(measure(variant, configs[variant], device, 20 if args.quick else 200))
-        print(rows[-1], flush=True)
+    pairs = itertools.product(args.variant, args.device)
+    cases = [Case(variant, configs[variant], device) for variant, device in pairs]
+    for _ in range(2 if args.quick else ROUNDS):
+        for case in cases:
+            case.time(10)
+    rows = [case.row() for case in cases]
+    for row in rows:
+        print(row)
     headline = {f"{row['variant']}, {row['device']}: frames/s": spread([row["frames_per_second"]]) for row in rows}
     best = max(rows, key=lambda row: row["frames_per_second"])
     verdict = f"Fastest: {best['variant']} on {best['device']}, {best['frames_per_second']} frames/s at most."

@@ -160,9 +160,12 @@ def test_what_updates_and_actions_take(monkeypatch):
 
         return call
 
-    def seconds(call, repeats):  # an update takes 4 s and an action 1 s on this clock
+    calls = []
+
+    def seconds(call, repeats, warmup):  # an update takes 4 s and an action 1 s on this clock
         before = dict(done)
         call()
+        calls.append(call.__self__)
         return [4.0 * (done["update"] - before["update"]) + (done["act"] - before["act"])] * repeats
 
     for name in done:
@@ -171,7 +174,9 @@ def test_what_updates_and_actions_take(monkeypatch):
     rows = []
     monkeypatch.setattr(update_cost, "report", lambda name, args, seeds, found, *_: rows.extend(found))
     update_cost.main(["--quick", "--variant", tiny, f"{tiny} agent.model_every=4 agent.update_ratio=0.5"])
-    assert done == {"update": 2 + 4, "act": 2}  # whole cycles: the policy's every second, the model's every fourth
+    # Two rounds of whole cycles: the policy is updated every second time, the second setting's model every fourth.
+    assert done == {"update": 2 * (2 + 4), "act": 2 * 2}
+    assert calls[:4] == calls[4:] and calls[0] is calls[1] is not calls[2]  # in turn, not one after the other
     assert [(row["update_ms"], row["action_ms"]) for row in rows] == [(4000.0, 1000.0)] * 2
     assert [row["frames_per_second"] for row in rows] == [0.4, 0.7]  # 2 frames in 5 s and in 3 s, rounded
     assert rows[0]["parameters"] > 0 and rows[0]["device"] == "one CPU thread"
@@ -186,7 +191,7 @@ def test_what_updates_and_actions_take(monkeypatch):
     ],
 )
 def test_a_wrong_option_ends_in_one_line_before_anything_is_measured(words, said, capsys, monkeypatch):
-    monkeypatch.setattr(update_cost, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(update_cost, "Case", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit) as ended:
         update_cost.main(words)
     assert ended.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
