@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -160,6 +161,22 @@ class ActingAgent:
         for t in reversed(range(actions.shape[0])):
             value = reward[t] + discount[t] * value
         return value
+
+    def follow(
+        self, z: Tensor, action: Tensor, act: Callable[[Tensor], Tensor], horizon: int
+    ) -> tuple[Tensor | float, Tensor | float, Tensor]:
+        """Imagine ``horizon`` steps from z (B, Z), of action (B, A) and then of act(z) (B, A), with their gradient.
+
+        Returns their discounted reward (B,), what a value after them counts (B,), and the ``pair`` that it would read.
+        """
+        reward_sum, discount = 0.0, 1.0
+        for _ in range(horizon):
+            out = self.slow_model.dynamics(z, action, self._plan_depth())
+            reward, continuation = self.slow_model.predict(out.h)
+            reward_sum, discount = reward_sum + discount * reward, discount * self.config.discount * continuation
+            z = out.z_next
+            action = act(z)
+        return reward_sum, discount, self.pair(z, action)
 
     def newness(self, z: Tensor, actions: Tensor) -> Tensor:
         """Sum (R,) of the novelties of the latents that actions (H, R, A) lead through from z (R, Z)."""

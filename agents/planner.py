@@ -260,20 +260,16 @@ class PlannerAgent(ActingAgent):
         steps are noisy, so that it is that of a smoothed value, and count in the mean square. Without a horizon it is
         the first value, as in TD3 (1802.09477). ``python -m benchmarks.policy_gradients`` compares such gradients.
         """
-        c = self.config
-        worth, discount, sizes = 0.0, 1.0, []
-        for step in range(c.policy_horizon + 1):
+        c, sizes = self.config, []
+
+        def act(z: Tensor) -> Tensor:
             action, raw = self.policy(z)
             sizes.append(raw.square().mean(-1))
-            if c.policy_std:
-                action = self.policy.perturb(action, c.policy_std, 1.0, self.generator)
-            if step < c.policy_horizon:
-                out = self.slow_model.dynamics(z, action, self._plan_depth())
-                reward, continuation = self.slow_model.predict(out.h)
-                worth, discount, z = worth + discount * reward, discount * c.discount * continuation, out.z_next
-        pair = self.pair(z, action)
+            return self.policy.perturb(action, c.policy_std, 1.0, self.generator) if c.policy_std else action
+
+        reward, discount, pair = self.follow(z, act(z), act, c.policy_horizon)
         value = self.value.values(pair).mean(0) if c.policy_horizon else self.value.first_value(pair)
-        return worth + discount * value, torch.stack(sizes).mean(0)
+        return reward + discount * value, torch.stack(sizes).mean(0)
 
     def _update_novelty(self, z: Tensor) -> dict[str, Any]:
         """What z (B, Z) holds is less new from now on."""

@@ -35,10 +35,24 @@ from loopwm.training.checkpoint import CheckpointError
 REWARDS, BOOTSTRAP = 30, 10  # agent steps in the simulator, of (a) and (b)
 TRUTHS = (f"rewards of {REWARDS} steps", f"rewards of {BOOTSTRAP} steps and the value")
 HORIZONS = (0, 1, 2, 3, 5)  # imagined steps
-PLAIN, DEFAULT = "0 steps, 1 values, noise 0.0", "3 steps, 2 values, noise 0.2"  # what the verdict compares
 CHANGE = 0.15  # spread of the changes, action units
 NOISE, DRAWS = 0.2, 16  # of the smoothed gradients, action units; actions in their mean
 LATEST = 200  # agent step before which a state is taken, at random; an episode that is over sooner is left out
+
+
+class Kind(NamedTuple):
+    """Of a gradient."""
+
+    horizon: int  # imagined steps
+    values: int  # the first, or the mean of two
+    noise: float  # action units
+
+    def __str__(self) -> str:
+        return f"{self.horizon} steps, {self.values} values, noise {self.noise}"
+
+
+KINDS = tuple(itertools.starmap(Kind, itertools.product(HORIZONS, (1, 2), (0.0, NOISE))))
+COMPARED = (Kind(0, 1, 0.0), Kind(3, 2, NOISE))  # in the verdict
 
 
 class Changes(NamedTuple):
@@ -105,22 +119,16 @@ def _act_of(agent: PlannerAgent, obs: np.ndarray) -> np.ndarray:
     return agent.policy(agent.encode(torch.as_tensor(obs)[None]))[0][0].detach().numpy()
 
 
-def gradient(agent: PlannerAgent, z: Tensor, horizon: int, both: bool, noise: float) -> Tensor:
+def gradient(agent: PlannerAgent, z: Tensor, kind: Kind) -> Tensor:
     """d worth / d action at the policy's action in z (S, Z): (S, A)."""
-    stream, total = torch.Generator().manual_seed(0), torch.zeros(())
+    stream, total, draws = torch.Generator().manual_seed(0), torch.zeros(()), DRAWS if kind.noise else 1
     own = agent.policy(z)[0].detach()
-    for _ in range(DRAWS if noise else 1):
-        action = agent.policy.perturb(own, noise, 1.0, stream).requires_grad_()
-        at, a, worth, discount = z, action, torch.zeros(()), torch.ones(())
-        for _ in range(horizon):
-            out = agent.slow_model.dynamics(at, a, agent.config.plan_loops or None)
-            reward, continuation = agent.slow_model.predict(out.h)
-            worth, discount = worth + discount * reward, discount * agent.config.discount * continuation
-            at, a = out.z_next, agent.policy(out.z_next)[0]
-        values = agent.value.values(agent.pair(at, a))
-        worth = worth + discount * (values.mean(0) if both else values[0])
-        total = total + torch.autograd.grad(worth.sum(), action)[0]
-    return total / (DRAWS if noise else 1)
+    for _ in range(draws):
+        first = agent.policy.perturb(own, kind.noise, 1.0, stream).requires_grad_()
+        reward, discount, pair = agent.follow(z, first, lambda at: agent.policy(at)[0], kind.horizon)
+        worth = reward + discount * agent.value.values(pair)[: kind.values].mean(0)
+        total = total + torch.autograd.grad(worth.sum(), first)[0]
+    return total / draws
 
 
 def agreement(found: Tensor, truth: Tensor) -> float:
@@ -137,13 +145,12 @@ def compare(run_dir: Path, states: int, changes: int) -> list[dict[str, Any]]:
     played = play_changes(agent, cfg.task.id, cfg.task.action_repeat, states, changes)
     z = agent.encode(played.obs).detach()
     step = played.action - agent.policy(z)[0].detach().unsqueeze(1)  # (S, K, A)
-    learnt = (cfg.agent.policy_horizon, 2 if cfg.agent.policy_horizon else 1, cfg.agent.policy_std)
+    learnt = Kind(cfg.agent.policy_horizon, 2 if cfg.agent.policy_horizon else 1, cfg.agent.policy_std)
     rows = []
-    for horizon, both, noise in itertools.product(HORIZONS, (False, True), (0.0, NOISE)):
-        foretold = (step * gradient(agent, z, horizon, both, noise).unsqueeze(1)).sum(-1)  # (S, K)
+    for kind in KINDS:
+        foretold = (step * gradient(agent, z, kind).unsqueeze(1)).sum(-1)  # (S, K)
         row = {"run": run_dir.name, "task": cfg.task.id, "seed": cfg.seed, "frames": frames}
-        kind = (horizon, 2 if both else 1, noise)
-        row |= dict(zip(("horizon", "values", "noise"), kind, strict=True)) | {"climbed": kind == learnt}
+        row |= kind._asdict() | {"climbed": kind == learnt}
         row |= {name: round(agreement(foretold, worth), 3) for name, worth in played.worth.items()}
         rows.append(row | {"states": len(z), "changes": changes})
     return rows
@@ -167,11 +174,12 @@ def main(arguments: list[str]) -> int:
     for row in rows:
         print(json.dumps(row))
     headline, said = {}, []
-    for name, horizon, values, noise in itertools.product(TRUTHS, HORIZONS, (1, 2), (0.0, NOISE)):
-        same = [r[name] for r in rows if (r["horizon"], r["values"], r["noise"]) == (horizon, values, noise)]
-        headline[f"{name}: {horizon} steps, {values} values, noise {noise}"] = interval(same)
     for name in TRUTHS:
-        alone, through = (headline[f"{name}: {kind}"]["value"] for kind in (PLAIN, DEFAULT))
+        found = {
+            k: interval([r[name] for r in rows if k == Kind(r["horizon"], r["values"], r["noise"])]) for k in KINDS
+        }
+        headline |= {f"{name}: {kind}": figure for kind, figure in found.items()}
+        alone, through = (found[kind]["value"] for kind in COMPARED)
         said.append(f"{alone} and {through} by the {name}")
     verdict = (
         f"Over {len(args.run_dirs)} runs the gradient of the first value alone and that through three imagined steps, "

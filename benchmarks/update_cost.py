@@ -20,13 +20,14 @@ import torch
 
 from agents import make_agent
 from benchmarks.cost import spread
-from benchmarks.harness import device_name, device_option, median_seconds, parser, report
+from benchmarks.harness import device_name, device_option, parser, report
+from benchmarks.loop_cost import interleaved
 from loopwm.config import Config, ConfigError, load_config
 from loopwm.training.protocols import Agent
 from loopwm.training.replay import Replay
 
 OBS, ACTION, EPISODE, REPEAT = 24, 6, 500, 2  # of dmc/walker-run
-ROUNDS = 20
+SECONDS = 5.0  # for each setting and device; a hundred rounds at most
 VARIANTS = (
     "",
     "agent=fast",
@@ -66,10 +67,7 @@ def kernels(call: Callable[[], object], repeats: int = 5) -> tuple[float, float]
 
 
 class Case:
-    """One setting on one device, timed a round at a time.
-
-    Machines drift, by a third within minutes: settings that are timed in turn, round by round, share what they meet.
-    """
+    """One setting on one device."""
 
     def __init__(self, variant: str, cfg: Config, device: torch.device):
         self.variant, self.device = variant or "default", device
@@ -77,9 +75,9 @@ class Case:
         c = self.agent.config
         self.cycle = math.lcm(c.model_every, c.policy_every)  # updates until every part has been updated
         self.obs, self.first = np.random.default_rng(1).normal(size=(1, OBS)).astype(np.float32), np.zeros(1, bool)
-        self.updates, self.actions = [], []  # seconds: of a cycle, of an action
 
     def update(self) -> None:
+        """A whole cycle, until the device is done."""
         for _ in range(self.cycle):
             self.agent.update(self.replay)
         if self.device.type == "cuda":
@@ -88,15 +86,10 @@ class Case:
     def act(self) -> None:  # its result is on the CPU
         self.agent.act(self.obs, explore=True, first=self.first)
 
-    def time(self, repeats: int) -> None:
-        """A round: ``repeats`` updates, about, and as many actions."""
-        self.updates += median_seconds(self.update, max(1, repeats // self.cycle), warmup=1)
-        self.actions += median_seconds(self.act, repeats, warmup=1)
-
-    def row(self) -> dict:
-        """Medians of all rounds, on one CPU thread beside the device."""
-        update_ms = 1e3 * float(np.median(self.updates)) / self.cycle
-        action_ms = 1e3 * float(np.median(self.actions))
+    def row(self, cycles: np.ndarray, actions: np.ndarray) -> dict:
+        """Medians of seconds (rounds,) of a cycle and of an action, on one CPU thread beside the device."""
+        update_ms = 1e3 * float(np.median(cycles)) / self.cycle
+        action_ms = 1e3 * float(np.median(actions))
         seconds = (self.agent.config.update_ratio * update_ms + action_ms) / 1e3
         row = {
             "variant": self.variant,
@@ -124,10 +117,10 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     pairs = itertools.product(args.variant, args.device)
     cases = [Case(variant, configs[variant], device) for variant, device in pairs]
-    for _ in range(2 if args.quick else ROUNDS):
-        for case in cases:
-            case.time(10)
-    rows = [case.row() for case in cases]
+    # Machines drift, by a third within minutes: settings that are timed in turn share what they meet.
+    calls = [call for case in cases for call in (case.update, case.act)]
+    taken = interleaved(calls, (0.0 if args.quick else SECONDS) * len(cases), torch.device("cpu"))  # updates wait
+    rows = [case.row(*taken[:, 2 * i : 2 * i + 2].T) for i, case in enumerate(cases)]
     for row in rows:
         print(row)
     headline = {f"{row['variant']}, {row['device']}: frames/s": spread([row["frames_per_second"]]) for row in rows}

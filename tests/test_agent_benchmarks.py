@@ -328,7 +328,7 @@ def test_a_gradient_is_the_slope_of_what_it_says(horizon):
     for part in (agent.policy, agent.value, agent.slow_model):
         part.double()
     z = agent.encode(torch.randn(4, 3, dtype=torch.float64))
-    found = policy_gradients.gradient(agent, z.detach(), horizon, True, 0.0)
+    found = policy_gradients.gradient(agent, z.detach(), policy_gradients.Kind(horizon, 2, 0.0))
 
     def worth(change):
         at, a, actions = z, agent.policy(z)[0] + change, []
@@ -343,9 +343,10 @@ def test_a_gradient_is_the_slope_of_what_it_says(horizon):
             step = 1e-5 * torch.eye(2, dtype=torch.float64)[i]
             slope = (worth(step) - worth(-step)) / 2e-5
             torch.testing.assert_close(found[:, i], slope, rtol=1e-3, atol=1e-6)
-    one = policy_gradients.gradient(agent, z.detach(), horizon, False, 0.0)
+    one = policy_gradients.gradient(agent, z.detach(), policy_gradients.Kind(horizon, 1, 0.0))
     assert not torch.allclose(one, found)
-    assert not torch.allclose(policy_gradients.gradient(agent, z.detach(), horizon, True, 0.3), found)
+    noisy = policy_gradients.gradient(agent, z.detach(), policy_gradients.Kind(horizon, 2, 0.3))
+    assert not torch.allclose(noisy, found)
 
 
 def worth_by_hand(agent, env, obs, action, steps):

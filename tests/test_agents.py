@@ -695,7 +695,7 @@ def test_imagined_rows_are_the_real_steps_of_imagined_latents(monkeypatch):
 
 def test_value_and_policy_learn_on_imagined_latents_too(monkeypatch):
     """The policy where it has no horizon of its own."""
-    agent, seen = make(imagined_steps=2, policy_horizon=0), {}
+    agent, seen = make(imagined_steps=2), {}
     for name in ("_update_value", "_update_policy"):
         kept = getattr(agent, name)
         monkeypatch.setattr(
@@ -867,8 +867,7 @@ def test_rows_without_weight_teach_the_value_nothing():
 
 
 def test_rows_without_weight_teach_the_policy_nothing():
-    still = {"policy_penalty": 0.1, "policy_std": 0.0, "model_batch_size": 8}
-    one, other = make(**still), make(**still)
+    one, other = make(policy_penalty=0.1), make(policy_penalty=0.1)
     z = torch.randn(8, 6)
     one._update_policy(z, (torch.arange(8) < 5).float())
     other._update_policy(z[:5], torch.ones(5))
@@ -950,7 +949,7 @@ def test_each_loss_trains_its_own_part():
 
 
 def test_policy_climbs_a_known_value(monkeypatch):
-    agent = make(learning_rate=0.01, policy_penalty=0.0, policy_horizon=0)
+    agent = make(learning_rate=0.01, policy_penalty=0.0)
 
     def known(pair):
         return -(pair[..., -A:] - 0.5).square().sum(-1) - 1.0

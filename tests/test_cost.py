@@ -162,21 +162,22 @@ def test_what_updates_and_actions_take(monkeypatch):
 
     calls = []
 
-    def seconds(call, repeats, warmup):  # an update takes 4 s and an action 1 s on this clock
+    def seconds(call, device):  # an update takes 4 s and an action 1 s on this clock
         before = dict(done)
         call()
-        calls.append(call.__self__)
-        return [4.0 * (done["update"] - before["update"]) + (done["act"] - before["act"])] * repeats
+        calls.append(call)
+        return 4.0 * (done["update"] - before["update"]) + (done["act"] - before["act"])
 
     for name in done:
         monkeypatch.setattr(PlannerAgent, name, counted(name, getattr(PlannerAgent, name)))
-    monkeypatch.setattr(update_cost, "median_seconds", seconds)
+    monkeypatch.setattr(loop_cost, "seconds_of", seconds)
     rows = []
     monkeypatch.setattr(update_cost, "report", lambda name, args, seeds, found, *_: rows.extend(found))
     update_cost.main(["--quick", "--variant", tiny, f"{tiny} agent.model_every=4 agent.update_ratio=0.5"])
-    # Two rounds of whole cycles: the policy is updated every second time, the second setting's model every fourth.
-    assert done == {"update": 2 * (2 + 4), "act": 2 * 2}
-    assert calls[:4] == calls[4:] and calls[0] is calls[1] is not calls[2]  # in turn, not one after the other
+    # Seven rounds of whole cycles: the policy is updated every second time, the second setting's model every fourth.
+    assert done == {"update": 7 * (2 + 4), "act": 7 * 2}
+    in_turn = [{(id(call.__self__), call.__name__) for call in calls[i : i + 4]} for i in range(0, 28, 4)]
+    assert len(in_turn[0]) == 4 and in_turn == in_turn[:1] * 7  # not one setting after the other
     assert [(row["update_ms"], row["action_ms"]) for row in rows] == [(4000.0, 1000.0)] * 2
     assert [row["frames_per_second"] for row in rows] == [0.4, 0.7]  # 2 frames in 5 s and in 3 s, rounded
     assert rows[0]["parameters"] > 0 and rows[0]["device"] == "one CPU thread"

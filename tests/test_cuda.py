@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from test_agents import KINDS, N, config, filled_replay, observations
+from test_agents import HORIZON, KINDS, N, config, filled_replay, observations
 from test_dynamics import A, D, generator, scramble
 from torch import Tensor, nn
 from training_tools import CARTPOLE, SWINGUP, run, untimed
@@ -82,9 +82,6 @@ def tensors_of(agent: PlannerAgent):
     for name in ("world_model", "slow_model", "value", "value_target", "policy", "policy_target"):
         module = getattr(agent, name)
         yield from (*module.parameters(), *module.buffers())
-
-
-HORIZON = {"policy_horizon": 2, "policy_std": 0.2, "policy_penalty_kept": 0.1}
 
 
 @pytest.mark.parametrize("settings", [{}, {"value_loss": "huber"}, {"value_loops": 2, "imagined_steps": 1}, HORIZON])
