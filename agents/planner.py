@@ -78,19 +78,35 @@ class PlannerAgent(ActingAgent):
             self.novelty_optimizer = FlatAdam([novelty.predictor], c.learning_rate, c.clip_norm)
         self.depth_generator = torch.Generator().manual_seed(seed + 1)
         self.updates = 0
+        self.resets, self.caught_up = 0, 0  # multiples of reset_every that were passed, updates made for them
+        self._beginning = {name: o.flat.detach().clone() for name, o in self._optimizers().items()}
 
     # ---- learning -----------------------------------------------------------------------------------------------
 
     def learn(self, replay: Any, agent_steps: int) -> dict[str, float] | None:
-        """Do the updates that are due: ``update_ratio`` for each agent step since the seed phase began."""
+        """Do the updates that are due: ``update_ratio`` for each agent step, and ``reset_updates`` for each reset."""
         c = self.config
         if agent_steps < c.seed_steps or len(replay) < 2:
             return None
-        due = int(agent_steps * c.update_ratio)
+        if c.reset_every and agent_steps // c.reset_every > self.resets:
+            self.resets = agent_steps // c.reset_every
+            self._reset()
+        due = int(agent_steps * c.update_ratio) + self.caught_up
         metrics = None
         while self.updates < due:
             metrics = self.update(replay)
         return metrics
+
+    def _reset(self) -> None:
+        """Give every network the weights that it began with; what they know is to be learnt anew from the replay.
+
+        Against what early data have done to them for good (Nikishin et al. 2022, 2205.07802, section 4). The novelty
+        networks stay: what has been seen is not new again.
+        """
+        for name, optimizer in self._optimizers().items():
+            optimizer.restart(self._beginning[name])
+            self.targets[name].target.copy_(optimizer.flat.detach())
+        self.caught_up += self.config.reset_updates
 
     def update(self, replay: Any) -> dict[str, Tensor]:
         """One gradient step of the world model, the value and the policy, on one batch."""
@@ -310,6 +326,7 @@ class PlannerAgent(ActingAgent):
             "generator": self.generator.get_state(),
             "depth_generator": self.depth_generator.get_state(),
             "updates": self.updates,
+            "resets": (self.resets, self.caught_up),
             "value_unit": None if self.value.unit is None else self.value.unit.clone(),
             "acted": self.acted,
             "novelty": None if self.novelty is None else self._novelty_state(),
@@ -336,6 +353,7 @@ class PlannerAgent(ActingAgent):
             self.generator.manual_seed(self.generator.initial_seed() + state["updates"])
         self.depth_generator.set_state(state["depth_generator"].cpu())
         self.updates, self.acted = state["updates"], state["acted"]
+        self.resets, self.caught_up = state.get("resets", (0, 0))  # of a run from before there were any
         if self.novelty is not None and state.get("novelty"):  # None: planned for the first time from here on
             self.novelty_optimizer.load_state_dict(state["novelty"]["optimizer"])
             self.novelty.random.load_state_dict(state["novelty"]["random"])

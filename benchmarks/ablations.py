@@ -29,6 +29,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "imagined_values": ("agent.imagined_steps=2",),
     "value_reads_loop": ("agent.value_loops=4",),
     "huber_value": ("agent.value_loss=huber",),
+    "resets": ("agent.reset_every=20000",),
     "silu": ("agent.activation=silu",),
     "wide_loop": ("dynamics.hidden_dim=128", "dynamics.block_dim=256"),
     "wide_values": ("agent.value_dim=224",),

@@ -1,6 +1,7 @@
 """Does the loop help the agent? Interquartile means over tasks and seeds, and the probability of improvement.
 
 python -m benchmarks.compare docs/results/returns_*.csv --frames 100000
+python -m benchmarks.compare docs/results/returns_*.csv --frames 100000 --dynamics looped wide --task walker-run
 
 By rliable (Agarwal et al. 2021, arXiv 2108.13264): stratified bootstrap over the seeds of each task. Returns are
 divided by 1000, the most that a DMC task gives. Needs ``pip install -e '.[stats]'``. And the differences paired by
@@ -47,6 +48,26 @@ def read_scores(paths: Iterable[Path], frames: int) -> dict[str, dict[str, dict[
     if not scores:
         raise ConfigError(f"no run in these files has an evaluation at {frames} frames")
     return scores
+
+
+def only(
+    scores: dict[str, dict[str, dict[int, float]]], dynamics: list[str] | None, tasks: list[str] | None
+) -> dict[str, dict[str, dict[int, float]]]:
+    """The part of ``read_scores`` that has these names; None: all of it. So that what few have leaves nobody out.
+
+    Raises:
+        ConfigError: a name that the files do not have.
+    """
+    known = {"dynamics": scores, "task": {task for by_task in scores.values() for task in by_task}}
+    for word, names in (("dynamics", dynamics), ("task", tasks)):
+        for name in names or ():
+            if name not in known[word]:
+                raise ConfigError(f"--{word} {name!r}: the files have {', '.join(sorted(known[word]))}")
+    return {
+        name: {task: seeds for task, seeds in by_task.items() if tasks is None or task in tasks}
+        for name, by_task in scores.items()
+        if dynamics is None or name in dynamics
+    }
 
 
 def matrices(scores: dict[str, dict[str, dict[int, float]]]) -> tuple[list[str], list[int], dict[str, np.ndarray]]:
@@ -112,9 +133,11 @@ def main(arguments: list[str]) -> int:
     p.add_argument("results", type=Path, nargs="+", help="CSV files of benchmarks.returns")
     p.add_argument("--frames", type=int, default=100_000)
     p.add_argument("--base", default="looped", help="the dynamics that the others are compared with")
+    p.add_argument("--dynamics", nargs="+", help="these alone (default: all that the files have)")
+    p.add_argument("--task", nargs="+", help="these alone, as the files name them (default: all)")
     args = p.parse_args(arguments)
     try:
-        tasks, seeds, runs = matrices(read_scores(args.results, args.frames))
+        tasks, seeds, runs = matrices(only(read_scores(args.results, args.frames), args.dynamics, args.task))
         if args.base not in runs:
             raise ConfigError(f"--base {args.base!r}: the files have {', '.join(runs)}")
         found = differences(runs, args.base)

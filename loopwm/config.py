@@ -140,6 +140,8 @@ class PlannerConfig(Section):
     value_loops: Whole = 0  # the value also reads the slow model's state after so many loops, loops; 0: it does not
     policy_every: Count = 2  # updates of the value for one of the policy (TD3's delay), count
     update_ratio: Positive = 1.0  # gradient updates for one agent step, count
+    reset_every: Whole = 0  # distance between fresh starts of the networks, agent steps; 0: never
+    reset_updates: Whole = 8000  # updates made at once from the replay after one, while nothing else happens, count
     learning_rate: Positive = 1e-3  # Adam's step size, no unit
     clip_norm: Positive = 20.0  # largest norm of a gradient, no unit
     discount: Fraction = 0.99  # worth of the next agent step's return, no unit, in (0, 1)

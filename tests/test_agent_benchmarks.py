@@ -55,6 +55,25 @@ def test_only_tasks_and_seeds_that_all_have_are_compared(tmp_path):
     assert {name: m.tolist() for name, m in runs.items()} == {"looped": [[0.1], [0.3]], "wide": [[0.3], [0.3]]}
 
 
+def test_a_part_of_the_files_is_compared_by_all_the_seeds_that_it_has(tmp_path, capsys):
+    rows = [(task, name, s, 100.0 * s) for task in "ab" for name in ("looped", "wide") for s in range(3)]
+    rows += [("a", "stacked", s, 7.0) for s in (0, 1)]
+    path, out = write(tmp_path / "x.csv", rows), tmp_path / "x.json"
+    scores = compare.read_scores([path], 40_000)
+    assert compare.matrices(compare.only(scores, None, None))[:2] == (["a"], [0, 1])
+    assert compare.matrices(compare.only(scores, ["looped", "wide"], ["b"]))[:2] == (["b"], [0, 1, 2])
+    words = [str(path), "--frames", "40000", "--json", str(out), "--quick"]
+    assert compare.main([*words, "--dynamics", "wide", "looped", "--task", "a"]) == 0
+    found = json.loads(out.read_text())
+    assert found["rows"] == [
+        {"dynamics": name, "task": "a", "returns": [0.0, 100.0, 200.0]} for name in ("looped", "wide")
+    ]
+    for word, value in (("--dynamics", "loped"), ("--task", "c")):
+        assert compare.main([*words, word, value]) == 2
+        error = capsys.readouterr().err
+        assert f"{word} {value!r}: the files have" in error and error.count("\n") == 1
+
+
 def test_what_a_person_can_get_wrong_ends_in_one_line(tmp_path, capsys):
     good = write(tmp_path / "good.csv", [("a", "looped", 0, 100.0)])
     other = write(tmp_path / "other.csv", [("b", "wide", 0, 100.0)])

@@ -997,6 +997,40 @@ def test_learn_counts_more_than_one_update_a_step():
     assert agent.updates == 5
 
 
+def test_after_a_reset_the_networks_begin_anew_and_catch_up():
+    settings = {"seed_steps": 0, "update_ratio": 1, "novelty_spread": 0.0}
+    agent, replay = make(reset_every=10, reset_updates=4, **settings), filled_replay()
+    fresh = make_agent(config(**settings), OBS, A, False).state_dict()
+    agent.learn(replay, 9)
+    assert agent.updates == 9 and not same(agent.state_dict()["optimizers"], fresh["optimizers"])
+    at_update = []
+    update, agent.update = agent.update, lambda _: (at_update.append(copy.deepcopy(agent.state_dict())), update(_))[1]
+    agent.learn(replay, 10)
+    assert agent.updates == 9 + 1 + 4 and len(at_update) == 5
+    assert same(at_update[0]["optimizers"], fresh["optimizers"]) and same(at_update[0]["targets"], fresh["targets"])
+    agent.learn(replay, 19)  # no further one until the next multiple
+    assert agent.updates == 19 + 4
+    agent.learn(replay, 20)
+    assert agent.updates == 20 + 2 * 4
+    assert same(at_update[14]["optimizers"], fresh["optimizers"])
+
+
+def test_several_multiples_that_pass_in_one_step_are_one_reset():
+    agent = make(reset_every=10, reset_updates=4, seed_steps=0, update_ratio=1)
+    agent.learn(filled_replay(), 35)
+    assert agent.updates == 35 + 4
+
+
+def test_a_reset_forgets_nothing_of_what_was_seen():
+    agent = make(reset_every=10, reset_updates=0, seed_steps=0, plan_collect=True, novelty_spread=1.0)
+    agent.learn(filled_replay(), 9)
+    before = copy.deepcopy((agent.novelty.state_dict(), agent.largest_reward))
+    agent.update = lambda _: {}
+    agent.updates = 10
+    agent.learn(filled_replay(), 10)
+    assert agent.resets == 1 and same(before, (agent.novelty.state_dict(), agent.largest_reward))
+
+
 def test_learn_waits_for_the_first_transition():
     agent, replay = make(seed_steps=0), Replay(100, N, OBS, A)
     zeros = np.zeros(N)
