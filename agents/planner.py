@@ -101,7 +101,7 @@ class PlannerAgent(ActingAgent):
         """Give every network the weights that it began with; what they know is to be learnt anew from the replay.
 
         Against what early data have done to them for good (Nikishin et al. 2022, 2205.07802, section 4). The novelty
-        networks stay: what has been seen is not new again.
+        networks stay, which seldom act: they get used to the new latents as to any.
         """
         for name, optimizer in self._optimizers().items():
             optimizer.restart(self._beginning[name])

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness import device_name
 from loopwm.training.run_dir import commit
 
 TRAINING, VALIDATION, TEST = 1, 2, 3  # seeds of the data
@@ -245,7 +246,7 @@ def train(task: Task, recipe: Recipe, folder: Path, device: torch.device | str =
         "parameters": sum(p.numel() for p in model.parameters()),
         "curve": curve,
         "trained_at": commit(),
-        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu",
+        "device": device_name(torch.device(device)),
     }
     folder.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(written) + "\n", encoding="utf-8")
