@@ -97,6 +97,7 @@ def compare(runs: dict[str, np.ndarray], base: str, samples: int) -> dict[str, d
     found = {f"IQM, {name}": _figure(values[name], bounds[name]) for name in runs}
     pairs = {f"{base},{name}": (runs[base], runs[name]) for name in runs if name != base}
     if pairs:
+        np.random.seed(0)  # rliable resamples pairs by numpy's global stream, whichever it is given
         values, bounds = library.get_interval_estimates(
             pairs, metrics.probability_of_improvement, reps=samples // 10, random_state=np.random.RandomState(0)
         )

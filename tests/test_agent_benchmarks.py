@@ -55,20 +55,22 @@ def test_only_tasks_and_seeds_that_all_have_are_compared(tmp_path):
     assert {name: m.tolist() for name, m in runs.items()} == {"looped": [[0.1], [0.3]], "wide": [[0.3], [0.3]]}
 
 
-def test_a_part_of_the_files_is_compared_by_all_the_seeds_that_it_has(tmp_path, capsys):
+def test_a_part_of_the_files_is_compared_by_all_the_seeds_that_it_has(tmp_path):
     rows = [(task, name, s, 100.0 * s) for task in "ab" for name in ("looped", "wide") for s in range(3)]
     rows += [("a", "stacked", s, 7.0) for s in (0, 1)]
-    path, out = write(tmp_path / "x.csv", rows), tmp_path / "x.json"
-    scores = compare.read_scores([path], 40_000)
+    scores = compare.read_scores([write(tmp_path / "x.csv", rows)], 40_000)
     assert compare.matrices(compare.only(scores, None, None))[:2] == (["a"], [0, 1])
     assert compare.matrices(compare.only(scores, ["looped", "wide"], ["b"]))[:2] == (["b"], [0, 1, 2])
-    words = [str(path), "--frames", "40000", "--json", str(out), "--quick"]
-    assert compare.main([*words, "--dynamics", "wide", "looped", "--task", "a"]) == 0
-    found = json.loads(out.read_text())
-    assert found["rows"] == [
-        {"dynamics": name, "task": "a", "returns": [0.0, 100.0, 200.0]} for name in ("looped", "wide")
-    ]
-    for word, value in (("--dynamics", "loped"), ("--task", "c")):
+
+
+def test_the_part_is_named_on_the_command_line(tmp_path, capsys):
+    rows = [(task, name, 0, 100.0) for task in "abc" for name in ("looped", "wide", "stacked")]
+    path, out = write(tmp_path / "x.csv", rows), tmp_path / "x.json"
+    words = [str(path), "--frames", "40000", "--json", str(out)]
+    assert compare.main([*words, "--dynamics", "wide", "looped", "--task", "b", "a"]) == 0
+    found = [(row["dynamics"], row["task"]) for row in json.loads(out.read_text())["rows"]]
+    assert found == [("looped", "a"), ("looped", "b"), ("wide", "a"), ("wide", "b")]
+    for word, value in (("--dynamics", "loped"), ("--task", "d")):
         assert compare.main([*words, word, value]) == 2
         error = capsys.readouterr().err
         assert f"{word} {value!r}: the files have" in error and error.count("\n") == 1
@@ -147,6 +149,14 @@ def test_rliable_agrees_on_a_clear_case():
     runs = {"looped": np.full((3, 4), 0.9), "wide": np.full((3, 4), 0.1)}
     found = compare.compare(runs, "looped", 100)
     assert found["IQM, looped"]["value"] == 0.9 and found["P(looped > wide)"]["low"] == 1.0
+
+
+def test_intervals_of_the_same_runs_are_the_same_again():
+    pytest.importorskip("rliable")
+    rng = np.random.default_rng(0)
+    runs = {name: rng.uniform(size=(2, 7)) for name in ("looped", "wide")}
+    first, second = (compare.compare(runs, "looped", 2000) for _ in range(2))
+    assert first == second
 
 
 def test_a_run_that_cannot_be_diagnosed_ends_in_one_line(tmp_path, capsys):
