@@ -91,16 +91,12 @@ def compare(runs: dict[str, np.ndarray], base: str, samples: int) -> dict[str, d
     """IQM of each dynamics and the probability that ``base`` is the better one, with 95 % bootstrap intervals."""
     from rliable import library, metrics  # an extra: nothing else needs it
 
-    values, bounds = library.get_interval_estimates(
-        runs, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=samples, random_state=np.random.RandomState(0)
-    )
+    np.random.seed(0)  # rliable resamples by numpy's global stream, whichever it is given
+    values, bounds = library.get_interval_estimates(runs, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=samples)
     found = {f"IQM, {name}": _figure(values[name], bounds[name]) for name in runs}
     pairs = {f"{base},{name}": (runs[base], runs[name]) for name in runs if name != base}
     if pairs:
-        np.random.seed(0)  # rliable resamples pairs by numpy's global stream, whichever it is given
-        values, bounds = library.get_interval_estimates(
-            pairs, metrics.probability_of_improvement, reps=samples // 10, random_state=np.random.RandomState(0)
-        )
+        values, bounds = library.get_interval_estimates(pairs, metrics.probability_of_improvement, reps=samples // 10)
     for pair in pairs:
         found[f"P({base} > {pair.split(',')[1]})"] = _figure(values[pair], bounds[pair])
     return found
