@@ -59,13 +59,6 @@ class FlatAdam:
              beta1=0.9, beta2=0.999, lr=self.learning_rate, eps=self.eps)  # fmt: skip
         return norm
 
-    @torch.no_grad()
-    def restart(self, flat: Tensor) -> None:
-        """Begin anew from the parameters ``flat``, as if no step had been made."""
-        self.flat.copy_(flat)
-        for name in self.STATE[1:]:
-            getattr(self, name).zero_()
-
     def state_dict(self) -> dict[str, Tensor]:
         return {name: getattr(self, name).detach() for name in self.STATE}
 

@@ -79,7 +79,7 @@ class PlannerAgent(ActingAgent):
         self.depth_generator = torch.Generator().manual_seed(seed + 1)
         self.updates = 0
         self.resets, self.caught_up = 0, 0  # multiples of reset_every that were passed, updates made for them
-        self._beginning = {name: o.flat.detach().clone() for name, o in self._optimizers().items()}
+        self._beginning = {name: copy.deepcopy(o.state_dict()) for name, o in self._optimizers().items()}
 
     # ---- learning -----------------------------------------------------------------------------------------------
 
@@ -104,8 +104,9 @@ class PlannerAgent(ActingAgent):
         networks stay, which seldom act: they get used to the new latents as to any.
         """
         for name, optimizer in self._optimizers().items():
-            optimizer.restart(self._beginning[name])
-            self.targets[name].target.copy_(optimizer.flat.detach())
+            optimizer.load_state_dict(self._beginning[name])
+        for ema in self.targets.values():
+            ema.target.copy_(ema.online)
         self.caught_up += self.config.reset_updates
 
     def update(self, replay: Any) -> dict[str, Tensor]:

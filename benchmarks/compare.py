@@ -23,16 +23,17 @@ from benchmarks.harness import parser, report
 from loopwm.config import ConfigError
 
 MOST = 1000.0  # return of a DMC episode
+Scores = dict[str, dict[str, dict[int, float]]]  # dynamics -> task -> seed -> return
 COLUMNS = ("task", "dynamics", "seed", "frames", "return")
 
 
-def read_scores(paths: Iterable[Path], frames: int) -> dict[str, dict[str, dict[int, float]]]:
+def read_scores(paths: Iterable[Path], frames: int) -> Scores:
     """CSV of ``benchmarks.returns`` -> dynamics -> task -> seed -> return at ``frames``.
 
     Raises:
         ConfigError: a file without the columns, a run that stands there twice, or none that got to ``frames``.
     """
-    scores: dict[str, dict[str, dict[int, float]]] = {}
+    scores: Scores = {}
     for path in paths:
         try:
             with path.open(encoding="utf-8", newline="") as file:
@@ -50,9 +51,7 @@ def read_scores(paths: Iterable[Path], frames: int) -> dict[str, dict[str, dict[
     return scores
 
 
-def only(
-    scores: dict[str, dict[str, dict[int, float]]], dynamics: list[str] | None, tasks: list[str] | None
-) -> dict[str, dict[str, dict[int, float]]]:
+def only(scores: Scores, dynamics: list[str] | None, tasks: list[str] | None) -> Scores:
     """The part of ``read_scores`` that has these names; None: all of it. So that what few have leaves nobody out.
 
     Raises:
@@ -70,7 +69,7 @@ def only(
     }
 
 
-def matrices(scores: dict[str, dict[str, dict[int, float]]]) -> tuple[list[str], list[int], dict[str, np.ndarray]]:
+def matrices(scores: Scores) -> tuple[list[str], list[int], dict[str, np.ndarray]]:
     """(tasks, seeds, dynamics -> (seeds, tasks)) of the tasks that every dynamics has, and the seeds that all have."""
     if len(scores) < 2:
         raise ConfigError(f"nothing to compare: the files have {', '.join(scores)} alone")
