@@ -9,57 +9,17 @@ from operator import methodcaller
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
 from agents.novelty import Novelty
 from agents.planner import PlannerAgent
+from loopwm.build import make_world_model
 from loopwm.config import Config, ConfigError
-from loopwm.dynamics import DYNAMICS
-from loopwm.model import ENCODERS, WorldModel
 from loopwm.training.checkpoint import CheckpointError, Checkpoints
 from loopwm.training.protocols import Agent
 from loopwm.training.run_dir import read_run
 
 AGENTS = {"planner": PlannerAgent}
-
-
-def make_world_model(cfg: Config, obs_dim: int, action_dim: int) -> WorldModel:
-    """The world model that a config describes. Raises ConfigError: no model has such sizes."""
-    e = cfg.encoder
-    encoder = ENCODERS[e.name](obs_dim, e.latent_dim, e.hidden_dim, e.layers, cfg.agent.activation)
-    try:
-        dynamics = _make_dynamics(cfg, action_dim, encoder.norm)
-    except ValueError as error:
-        raise ConfigError(f"dynamics={cfg.dynamics.name}: {error}") from None
-    return WorldModel(encoder, dynamics, cfg.agent.head_dim, activation=cfg.agent.activation)
-
-
-def _make_dynamics(cfg: Config, action_dim: int, latent_norm: nn.Module) -> nn.Module:
-    e, d = cfg.encoder, cfg.dynamics
-    return DYNAMICS[d.name](
-        e.latent_dim,
-        action_dim,
-        d.hidden_dim,
-        d.mean_loops,
-        d.max_loops,
-        min_loops=d.min_loops,
-        block_dim=d.block_dim,
-        prelude_layers=d.prelude_layers,
-        block_layers=d.block_layers,
-        order=d.order,
-        coda_layers=d.coda_layers,
-        mode=d.mode,
-        gamma=d.gamma,
-        injection=d.injection,
-        depth_sampler=d.depth_sampler,
-        halt_tolerance=d.halt_tolerance,
-        halting=d.halting,
-        patience=d.patience,
-        solver=d.solver,
-        gradient=d.gradient,
-        latent_norm=latent_norm,
-    )
 
 
 def make_agent(cfg: Config, obs_dim: int, action_dim: int, discrete: bool, device: torch.device | str = "cpu") -> Agent:

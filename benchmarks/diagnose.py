@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ from agents.mppi import score_all
 from benchmarks.harness import interval, parser, report
 from envs import TaskError, make_vector_env
 from loopwm.config import ConfigError
+from loopwm.inspect.measure import unexplained
 from loopwm.training.checkpoint import CheckpointError
 from loopwm.training.rollout import rollout
 
@@ -86,12 +86,6 @@ def episode_returns(agent: PlannerAgent, task: str, repeat: int, episodes: int) 
     found = rollout(agent, venv, episodes, seed=SEED).returns
     venv.close()
     return found
-
-
-def unexplained(prediction: Tensor, truth: Tensor) -> float:
-    """Squared error over the variance of what was predicted, (n,) or (n, Z); where that is none, zero or infinity."""
-    spread, error = (truth - truth.mean(0)).square().mean(), (prediction - truth).square().mean()
-    return float(error / spread) if spread > 1e-9 else (math.inf if error > 1e-9 else 0.0)
 
 
 def windows(data: Episodes, length: int) -> Tensor:

@@ -1,0 +1,74 @@
+"""The measurements: how a loop settles, what its depth buys, how far the model can be trusted open loop."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopwm.dynamics import LoopedDynamics
+from loopwm.inspect.run import Windows
+from loopwm.model import WorldModel
+
+SETTLED = 512  # loops after which a contracting loop counts as at its fixed point
+SHOWN = 32  # loops of which the distance to it is looked at
+QUANTILES = (0.1, 0.5, 0.9)
+
+
+def unexplained(prediction: Tensor, truth: Tensor) -> float:
+    """Squared error over the variance of what was predicted, (n,) or (n, Z); where that is none, zero or infinity."""
+    spread, error = (truth - truth.mean(0)).square().mean(), (prediction - truth).square().mean()
+    return float(error / spread) if spread > 1e-9 else (math.inf if error > 1e-9 else 0.0)
+
+
+def settling(dynamics: LoopedDynamics, z: Tensor, action: Tensor) -> dict[str, Any]:
+    """How the loop state comes to rest from z (B, Z), action (B, A), as a share of its size there.
+
+    Returns:
+        ``distance``: (SHOWN + 1) rows of the quantiles over the batch of ||h[t] - h[SETTLED]|| / ||h[SETTLED]||;
+        ``settled``: whether the last hundredth of those loops still moved any state by more than a thousandth;
+        ``bound``, ``measured``: the contraction factor of one loop, certified and seen (``LoopedDynamics``).
+    """
+    with dynamics.frozen():
+        states = dynamics.trajectory(z, action, SETTLED).flatten(2)  # (SETTLED + 1, B, D)
+        size = states[-1].norm(dim=-1).clamp_min(1e-8)  # (B,)
+        distance = (states[: SHOWN + 1] - states[-1]).norm(dim=-1) / size  # (SHOWN + 1, B)
+        moved = (states[-1] - states[-1 - SETTLED // 100]).norm(dim=-1) / size
+        bound, measured = dynamics.lipschitz_bound(), dynamics.measured_contraction(z, action)
+    levels = torch.quantile(distance, torch.tensor(QUANTILES), dim=1).T  # (SHOWN + 1, 3)
+    return {
+        "distance": levels.tolist(),
+        "settled": bool((moved < 1e-3).all()),
+        "bound": bound,
+        "measured": measured,
+    }
+
+
+def depth_errors(
+    model: WorldModel, data: Windows, depths: tuple[int | None, ...], ahead: tuple[int, ...]
+) -> list[dict]:
+    """A row for each depth: latent and reward left unexplained so many steps ``ahead``, and the loops spent.
+
+    None stands for the run's own halting rule, or, where nothing is looped, for the model as it is.
+    """
+    rows = []
+    z = model.encode(data.obs)  # (H + 1, B, Z)
+    with model.frozen():
+        for depth in depths:
+            imagined = model.rollout(z[0], data.action, depth)
+            reward = model.predict(imagined.h)[0]  # (H, B)
+            row: dict[str, Any] = {"depth": depth, "loops": float(imagined.loops.double().mean())}
+            for k in ahead:
+                row[f"latent, {k} ahead"] = unexplained(imagined.z[k], z[k])
+                row[f"reward, {k} ahead"] = unexplained(reward[k - 1], data.reward[k - 1])
+            rows.append(row)
+    return rows
+
+
+def chosen_depths(model: WorldModel, z: Tensor, action: Tensor) -> list[int]:
+    """How many of the predictions from z (B, Z), action (B, A) stop after 1, 2, ... ``max_loops`` loops by the rule."""
+    with model.frozen():
+        loops = model.dynamics(z, action).loops
+    return torch.bincount(loops, minlength=model.dynamics.max_loops + 1)[1:].tolist()
