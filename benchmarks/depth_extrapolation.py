@@ -25,14 +25,14 @@ FACTORS = (0.25, 0.5, 1, 2, 4, 16)  # depths over the trained mean
 LONGEST = 99  # no world of ours is as difficult
 
 
-def depths_of(recipe: Recipe) -> list[int | None]:
-    """Those a model is tested at; a control has its own."""
-    return [int(recipe.loops * factor) for factor in FACTORS] if recipe.looped else [None]
+def depths_of(recipe: Recipe) -> list[int | str | None]:
+    """Those a model is tested at; a control has its own, and so has a loop whose depth is timed."""
+    return list(dict.fromkeys(recipe.depth(factor) for factor in FACTORS))
 
 
-def deep(recipe: Recipe) -> int | None:
+def deep(recipe: Recipe) -> int | str | None:
     """Four times the trained mean: what stands for a loop in the headline."""
-    return 4 * recipe.loops if recipe.looped else None
+    return recipe.depth(4)
 
 
 def evaluate(task: Task, name: str, recipe: Recipe, folder: Path, each: int) -> list[dict]:
@@ -47,7 +47,7 @@ def evaluate(task: Task, name: str, recipe: Recipe, folder: Path, each: int) -> 
     return [row | {k: v for k, v in summary(recipe, folder).items() if k not in row} for row in rows]
 
 
-def mean_error(rows: list[dict], name: str, size: int, depth: int | None, group: str) -> list[float]:
+def mean_error(rows: list[dict], name: str, size: int, depth: int | str | None, group: str) -> list[float]:
     """Of every seed."""
     return [r["error"][group] for r in rows if (r["model"], r["size"], r["depth"]) == (name, size, depth)]
 
@@ -60,7 +60,7 @@ def draw(task: Task, rows: list[dict], path: Path) -> None:
         scores = np.array([mean_error(rows, name, size, deep(recipe), group) for group in found])  # (groups, seeds)
         line = left.plot(found, scores.mean(1), marker="o", ms=3, label=name)[0]
         left.fill_between(found, scores.min(1), scores.max(1), color=line.get_color(), alpha=0.15, linewidth=0)
-        if recipe.looped:
+        if recipe.looped and not recipe.timed:
             for group, style in zip((task.edge, task.beyond[0]), ("--", "-"), strict=True):
                 y = [np.mean(mean_error(rows, name, size, d, group)) for d in depths_of(recipe)]
                 label = f"{name}: {group} {task.unit}"

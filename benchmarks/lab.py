@@ -28,6 +28,7 @@ from loopwm.training.run_dir import commit
 TRAINING, VALIDATION, TEST = 1, 2, 3  # seeds of the data
 RATES = (1e-3, 2e-3, 4e-3)
 FLOOR = 1e-4  # an error of none on some hundred examples is drawn, and compared, as no less than this
+TIMED = "difficulty"  # the depth of an example where a loop is one unit of it
 CHECKS = 24  # times that a training's error is measured on validation data
 
 
@@ -45,17 +46,23 @@ class Recipe:
     loops: int = 16  # the controls' depth, or that of the loop whose FLOPs they have
     layers: tuple[int, int, int] = (1, 1, 1)  # of the prelude, the block and the coda
     block: str = "conv"  # on grids
+    timed: bool = False  # a loop for each unit of difficulty, where the inputs say it; else its depth is its own
 
     @property
     def name(self) -> str:
-        values = {k: v for k, v in asdict(self).items() if k not in ("layers", "block")}.values()
+        values = {k: v for k, v in asdict(self).items() if k not in ("layers", "block", "timed")}.values()
         parts = "" if self.layers == (1, 1, 1) else "_" + "".join(map(str, self.layers))
         parts += "" if self.block == "conv" else "_" + self.block
+        parts += "_timed" if self.timed else ""
         return "_".join(map(str, values)) + parts
 
     @property
     def looped(self) -> bool:
         return self.dynamics == "looped"
+
+    def depth(self, factor: float = 1.0) -> int | str | None:
+        """Of a loop ``factor`` times the controls' depth, or TIMED; a control has its own."""
+        return None if not self.looped else TIMED if self.timed else int(self.loops * factor)
 
 
 class Examples(NamedTuple):
@@ -153,10 +160,12 @@ class Task:
         Half of the looped batches start at h0 and go through a quarter to five quarters of ``recipe.loops``. Where
         there are free loops the others first run up to that many without gradient and are trained from where these
         lead, which teaches the loop to go on from its own states and to keep an answer it has (progressive training:
-        Bansal et al. 2022, arXiv 2202.05826, section 3.2).
+        Bansal et al. 2022, arXiv 2202.05826, section 3.2). A timed loop goes through as many as the difficulty is.
         """
         depth, h0, weight = None, None, torch.ones(len(batch), device=batch.target.device)
-        if recipe.looped:
+        if recipe.timed:
+            depth = batch.difficulty
+        elif recipe.looped:
             quarter = recipe.loops // 4
             free, depth = 0, int(rng.integers(quarter, 5 * quarter + 1))
             if recipe.free_loops and rng.random() < 0.5:
@@ -170,15 +179,15 @@ class Task:
 
 @torch.no_grad()
 def predict_errors(
-    task: Task, model: nn.Module, data: Examples, depth: int | None, batch: int = 500
+    task: Task, model: nn.Module, data: Examples, depth: int | str | None, batch: int = 500
 ) -> tuple[Tensor, Tensor]:
-    """(errors (n,), loops spent (n,)) of the predictions at ``depth``, or where the model's rule stops."""
+    """(errors (n,), loops spent (n,)) at ``depth`` (see ``Recipe.depth``), or where the model's rule stops."""
     errors, loops = [], []
     device = next(model.dynamics.parameters()).device
     with model.dynamics.frozen():
         for at in range(0, len(data), batch):
             part = data.rows(slice(at, at + batch)).to(device)
-            prediction, out = model(*part.inputs, depth=depth)
+            prediction, out = model(*part.inputs, depth=part.difficulty if depth == TIMED else depth)
             errors.append(task.errors(prediction, part.target).cpu())
             loops.append(out.loops.cpu())
     return torch.cat(errors), torch.cat(loops)
@@ -262,8 +271,7 @@ def validation_set(task: Task, each: int = 200) -> Examples:
 
 def validation_error(task: Task, model: nn.Module, recipe: Recipe, data: Examples) -> float:
     """Error on examples of the trained difficulty, the loop's at twice the controls' depth."""
-    depth = 2 * recipe.loops if recipe.looped else None
-    return task.pool(predict_errors(task, model, data, depth)[0])
+    return task.pool(predict_errors(task, model, data, recipe.depth(2))[0])
 
 
 def load(task: Task, recipe: Recipe, folder: Path) -> nn.Module:

@@ -27,7 +27,7 @@ from benchmarks.lab import FLOOR, TEST, Recipe, Task, choose_rates, load, predic
 from benchmarks.tasks import TASKS, lab_parser
 
 ENDS = {"at least ": " (no control of the ladder reaches it)", "at most ": " (all are better)"}
-COLORS = ("#1b6ca8", "#66a5d9", "#edae49", "#66a182", "#d1495b", "#7b6d8d")
+COLORS = ("#1b6ca8", "#66a5d9", "#edae49", "#66a182", "#d1495b", "#7b6d8d", "#0b3954", "#8fd3c1")
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -60,7 +60,7 @@ def parameters_for(error: float, points: list[tuple[float, float]]) -> tuple[flo
 def evaluate(task: Task, name: str, recipe: Recipe, folder: Path, each: int) -> dict:
     """Errors of one trained model, the loop's at ``recipe.loops`` loops."""
     data = task.examples(each, task.trained, TEST)
-    errors, _ = predict_errors(task, load(task, recipe, folder), data, recipe.loops if recipe.looped else None)
+    errors, _ = predict_errors(task, load(task, recipe, folder), data, recipe.depth())
     found = {measure: round(error, 5) for measure, error in task.measures(errors, data.difficulty).items()}
     return summary(recipe, folder) | {"model": name, "error": found}
 

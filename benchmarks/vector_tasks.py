@@ -37,6 +37,10 @@ LADDER = {
     "single_pass": ((32, 8), (64, 8), (128, 8), (256, 8)),
     "deep_thin": ((64, 8),),
 }
+STEPWISE = {  # of worlds whose inputs say how many steps of something one of theirs takes: a loop for each
+    "looped, a loop a step": Recipe("looped", "certified", steps=2000, hidden=64, loops=8, timed=True),
+    "looped, linear, a loop a step": Recipe("looped", steps=2000, hidden=64, loops=8, timed=True),
+}
 CORRELATION = 0.8  # of a random action with the one before
 
 
@@ -59,7 +63,7 @@ class VectorModel(nn.Module):
         )
 
     def forward(
-        self, obs: Tensor, actions: Tensor, depth: int | None = None, h0: Tensor | None = None
+        self, obs: Tensor, actions: Tensor, depth: int | Tensor | None = None, h0: Tensor | None = None
     ) -> tuple[Tensor, DynamicsOutput]:
         """obs (B, O), actions (B, H, A) -> (observations (B, H, O), the last step's output).
 
@@ -209,6 +213,8 @@ class Control(VectorTask):
 class TimeWarp(VectorTask):
     """One decision of ``loopwm/TimeWarp``: an action held for 1 to 16 control steps, of which at most 8 in training."""
 
+    models = MODELS | STEPWISE
+    ladder = LADDER | dict.fromkeys(STEPWISE, ((64, 8),))
     unit, trained = "held control steps", 8
     bins = ((1, 2), (3, 4), (5, 8), (9, 12), (13, 16))
 

@@ -156,6 +156,22 @@ def test_a_training_that_diverged_is_written_down_in_plain_json(tmp_path):
     assert found["loss"] is None and found["curve"][-1][1] == 1.0  # no answer is right
 
 
+def test_a_timed_loop_takes_as_many_loops_as_the_example_is_difficult(tmp_path):
+    task, free = SmallTimeWarp(tmp_path, "cartpole-swingup"), Recipe("looped", hidden=4, loops=4)
+    timed, steps = replace(free, timed=True), task.examples(20, 99, lab.TEST)
+    model = task.model(timed)
+    assert timed.depth() == timed.depth(4) != free.depth(4) == 16 and timed.name != free.name
+    loss = task.loss(model, timed, steps, np.random.default_rng(0))
+    errors, loops = predict_errors(task, model, steps, timed.depth())
+    assert torch.equal(loops, steps.difficulty) and len(loops.unique()) > 8
+    assert loss.item() == pytest.approx(float(errors.mean()), rel=1e-5)
+    one = steps.rows(steps.difficulty == 11)
+    by_hand = predict_errors(task, model, one, 11)[0]
+    torch.testing.assert_close(predict_errors(task, model, one, timed.depth())[0], by_hand)
+    assert depth_extrapolation.depths_of(timed) == [depth_extrapolation.deep(timed)]
+    assert depth_extrapolation.depths_of(free) == [1, 2, 4, 8, 16, 64]
+
+
 def test_timewarp_trains_on_short_holds_and_shows_the_model_what_happened(tmp_path):
     task = SmallTimeWarp(tmp_path, "cartpole-swingup")
     train, test = task.training_set(), task.examples(50, 99, lab.TEST)
