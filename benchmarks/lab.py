@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -47,22 +47,30 @@ class Recipe:
     layers: tuple[int, int, int] = (1, 1, 1)  # of the prelude, the block and the coda
     block: str = "conv"  # on grids
     timed: bool = False  # a loop for each unit of difficulty, where the inputs say it; else its depth is its own
+    gradient: str = "unrolled"  # implicit: of the fixed point, which a rule says when it is near (certified loops)
+    solver: str = "plain"  # that leads there
+    warm: bool = False  # whether each step of several starts from the loop state of the one before
 
     @property
     def name(self) -> str:
-        values = {k: v for k, v in asdict(self).items() if k not in ("layers", "block", "timed")}.values()
-        parts = "" if self.layers == (1, 1, 1) else "_" + "".join(map(str, self.layers))
-        parts += "" if self.block == "conv" else "_" + self.block
-        parts += "_timed" if self.timed else ""
-        return "_".join(map(str, values)) + parts
+        """All of it; the fields from ``layers`` on are named only where they are not the default's."""
+        known = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
+        first = list(known).index("layers")
+        parts = [value for value, _ in list(known.values())[:first]]
+        for field, (value, default) in list(known.items())[first:]:
+            if value != default:
+                parts.append(field if value is True else "".join(map(str, value)))
+        return "_".join(map(str, parts))
 
     @property
     def looped(self) -> bool:
         return self.dynamics == "looped"
 
     def depth(self, factor: float = 1.0) -> int | str | None:
-        """Of a loop ``factor`` times the controls' depth, or TIMED; a control has its own."""
-        return None if not self.looped else TIMED if self.timed else int(self.loops * factor)
+        """Of a loop ``factor`` times the controls' depth, or TIMED; None: as far as a rule says, or a control's own."""
+        if not self.looped or self.gradient == "implicit":
+            return None
+        return TIMED if self.timed else int(self.loops * factor)
 
 
 class Examples(NamedTuple):
@@ -165,7 +173,7 @@ class Task:
         depth, h0, weight = None, None, torch.ones(len(batch), device=batch.target.device)
         if recipe.timed:
             depth = batch.difficulty
-        elif recipe.looped:
+        elif recipe.looped and recipe.gradient == "unrolled":
             quarter = recipe.loops // 4
             free, depth = 0, int(rng.integers(quarter, 5 * quarter + 1))
             if recipe.free_loops and rng.random() < 0.5:

@@ -41,6 +41,7 @@ STEPWISE = {  # of worlds whose inputs say how many steps of something one of th
     "looped, a loop a step": Recipe("looped", "certified", steps=2000, hidden=64, loops=8, timed=True),
     "looped, linear, a loop a step": Recipe("looped", steps=2000, hidden=64, loops=8, timed=True),
 }
+SETTLED = 1e-3  # relative step at which a state counts as the fixed point, where gradients are taken there
 CORRELATION = 0.8  # of a random action with the one before
 
 
@@ -50,6 +51,10 @@ class VectorModel(nn.Module):
     def __init__(self, recipe: Recipe, obs_dim: int, action_dim: int):
         super().__init__()
         prelude, block, coda = recipe.layers
+        self.warm, ways = recipe.warm, {}
+        if recipe.looped:
+            ways = {"gradient": recipe.gradient, "solver": recipe.solver}
+            ways |= {"halt_tolerance": SETTLED} if recipe.gradient == "implicit" else {}
         self.dynamics = DYNAMICS[recipe.dynamics](
             obs_dim,
             action_dim,
@@ -60,6 +65,7 @@ class VectorModel(nn.Module):
             prelude_layers=prelude,
             block_layers=block,
             coda_layers=coda,
+            **ways,
         )
 
     def forward(
@@ -67,12 +73,12 @@ class VectorModel(nn.Module):
     ) -> tuple[Tensor, DynamicsOutput]:
         """obs (B, O), actions (B, H, A) -> (observations (B, H, O), the last step's output).
 
-        h0 is of the first step.
+        h0 is of the first step; with a warm start each later one begins where the one before it ended.
         """
         steps = []
         for action in actions.unbind(1):
             out = self.dynamics(obs, action, depth, h0)
-            obs, h0 = out.z_next, None
+            obs, h0 = out.z_next, out.h if self.warm else None
             steps.append(obs)
         return torch.stack(steps, 1), out
 
@@ -198,7 +204,7 @@ class Control(VectorTask):
         return Examples(inputs, self.standardised(data["after"][window]), torch.zeros(len(starts), dtype=torch.long))
 
     def loss(self, model: nn.Module, recipe: Recipe, batch: Examples, rng: np.random.Generator) -> Tensor:
-        depth = model.dynamics.sample_depth(len(batch))
+        depth = model.dynamics.sample_depth(len(batch))  # none with implicit gradients
         return self.losses(model(*batch.inputs, depth=depth)[0], batch.target).mean()
 
     edge = f"{trained_horizon} steps"

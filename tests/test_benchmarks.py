@@ -9,7 +9,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import adaptive_depth, depth_extrapolation, lab, parameter_efficiency, training_flops
+from benchmarks import (
+    adaptive_depth,
+    depth_extrapolation,
+    lab,
+    loop_training,
+    parameter_efficiency,
+    training_flops,
+)
 from benchmarks.grid_tasks import Permutation, Sandpile, avalanches, words
 from benchmarks.lab import Examples, Recipe, predict_errors
 from benchmarks.tasks import TASKS, WITH_DIFFICULTY
@@ -17,6 +24,9 @@ from benchmarks.vector_tasks import Control, TimeWarp
 from envs.worlds.permutation import GENERATORS, PERMUTATIONS
 from envs.worlds.sandpile import topple
 from loopwm.dynamics import LoopedDynamics
+
+
+DEPTHS = ("full depth", "adaptive")  # of the errors of benchmarks.loop_training
 
 
 class SmallSandpile(Sandpile):
@@ -326,6 +336,41 @@ def test_the_loop_needs_fewer_parameters_only_if_every_seed_says_so(worst, wins)
     mean = (0.01 + worst) / 2
     assert found["value"] == pytest.approx(0.1 / mean, abs=0.01) and found["value"] > 1.0
     assert ("the loop needs fewer parameters" in said) == wins
+
+
+def test_ways_to_train_a_loop_differ_in_that_alone(tmp_path):
+    """Same parameters; implicit gradients stop by the rule, and only a warm start reads the state before."""
+    task = SmallControl(tmp_path, "cartpole-swingup", policy=False)
+    plan = {name: replace(r, hidden=8, steps=2) for name, r in loop_training.ways(task).items()}
+    assert list(plan) == ["unrolled", "implicit", "implicit, Anderson", "unrolled, warm start"]
+    assert list(loop_training.ways(SmallTimeWarp(tmp_path, "cartpole-swingup"))) == list(plan)[:3]
+    assert len({recipe.name for recipe in plan.values()}) == 4
+    models = {name: task.model(recipe) for name, recipe in plan.items()}
+    for model in models.values():
+        model.load_state_dict(models["unrolled"].state_dict())
+    data = task.examples(8, 0, lab.VALIDATION)
+    cold, warm = (models[name](*data.inputs, depth=1)[0] for name in ("unrolled", "unrolled, warm start"))
+    assert torch.equal(cold[:, 0], warm[:, 0]) and not torch.allclose(cold[:, 1], warm[:, 1])
+    assert models["implicit"].dynamics.gradient.trains_at_fixed_point and plan["implicit"].depth(4) is None
+    assert type(models["implicit, Anderson"].dynamics.solver).__name__ == "AndersonSolver"
+    for name, recipe in plan.items():
+        lab.train(task, recipe, tmp_path)
+        found = loop_training.evaluate(task, name, recipe, tmp_path, 8)
+        assert set(found["error"]) == {f"{k} step{'s' * (k > 1)}, {d}" for k in (1, 5, 20, 50) for d in DEPTHS}
+        assert 1.0 <= found["loops"] <= 32.0 and found["milliseconds an update"] > 0.0
+
+
+@pytest.mark.parametrize(
+    ("errors", "said"), [((0.1, 0.1), "a lower error"), ((0.1, 0.3), "no lower"), ((0.3, 0.3), "a higher error")]
+)
+def test_a_way_to_train_is_said_to_be_better_only_if_it_is_on_every_seed(errors, said):
+    def row(way: str, error: float, time: float) -> dict:
+        return {"way": way, "error": {"all": error}, "milliseconds an update": time, "loops": 4.0}
+
+    rows = [row("unrolled", 0.2, 2.0), row("unrolled", 0.2, 2.0), *(row("implicit", e, 5.0) for e in errors)]
+    headline, text = loop_training.verdict(rows)
+    assert f"implicit has {said}" in text and "at 2.5 times its time" in text
+    assert headline["implicit: error, all"]["value"] == pytest.approx(sum(errors) / 2)
 
 
 def test_flops_of_an_update_are_those_of_the_layers():

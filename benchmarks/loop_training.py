@@ -1,0 +1,89 @@
+"""Ways to train one and the same certified loop: back through its loops, or at its fixed point; cold or warm starts.
+
+Each way learns a continuous world of the laboratory (``benchmarks.vector_tasks``) with the same data, steps and first
+weights. Unrolled loops draw their depth at random; implicit gradients (Bai et al. 2019, 1909.01377) hold at the fixed
+point, which plain iteration or Anderson acceleration goes to until a step is a thousandth of the state. A warm start
+begins each step of a rollout at the loop state of the one before, so it needs a task of several steps. Errors are on
+test data of the trained difficulty, at 32 loops and at as many as the residual rule spends (there the ``loops``).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.harness import interval, report
+from benchmarks.lab import TEST, Recipe, Task, choose_rates, load, predict_errors, summary, train_all
+from benchmarks.tasks import TASKS, lab_parser
+from benchmarks.vector_tasks import Control, VectorTask
+
+FULL = 4  # times the trained depth
+BASE = "unrolled"
+
+
+def ways(task: Task) -> dict[str, Recipe]:
+    """Name -> recipe, all of the same parameters."""
+    base = task.models["looped"]
+    found = {
+        BASE: base,
+        "implicit": replace(base, gradient="implicit"),
+        "implicit, Anderson": replace(base, gradient="implicit", solver="anderson"),
+    }
+    return found | ({"unrolled, warm start": replace(base, warm=True)} if isinstance(task, Control) else {})
+
+
+def evaluate(task: VectorTask, name: str, recipe: Recipe, folder: Path, each: int) -> dict:
+    """Errors and loops of one trained model."""
+    model, data = load(task, recipe, folder), task.examples(each, task.trained, TEST)
+    found = {}
+    for label, depth in (("full depth", FULL * recipe.loops), ("adaptive", None)):
+        errors, loops = predict_errors(task, model, data, depth)
+        found |= {f"{m}, {label}": round(e, 5) for m, e in task.measures(errors, data.difficulty).items()}
+    update = round(1e3 * summary(recipe, folder)["seconds"] / recipe.steps, 2)
+    spent = round(float(loops.double().mean()), 2)
+    return summary(recipe, folder) | {"way": name, "error": found, "milliseconds an update": update, "loops": spent}
+
+
+def verdict(rows: list[dict]) -> tuple[dict, str]:
+    """(headline, one sentence): which ways have a lower error than unrolling, on every seed, and what they take."""
+    headline, said = {}, []
+    by_way = {name: [row for row in rows if row["way"] == name] for name in dict.fromkeys(r["way"] for r in rows)}
+    first = next(iter(rows[0]["error"]))
+    base = [row["error"][first] for row in by_way[BASE]]
+    for name, mine in by_way.items():
+        for measure in rows[0]["error"]:
+            headline[f"{name}: error, {measure}"] = interval([row["error"][measure] for row in mine])
+        for figure in ("milliseconds an update", "loops"):
+            headline[f"{name}: {figure}"] = interval([row[figure] for row in mine])
+        if name != BASE:
+            pairs = list(zip((row["error"][first] for row in mine), base, strict=True))
+            lower, higher = all(a < b for a, b in pairs), all(a > b for a, b in pairs)
+            word = "a lower error than unrolling on every seed" if lower else "no lower error on every seed"
+            word = "a higher error than unrolling on every seed" if higher else word
+            times = np.mean([r["milliseconds an update"] for r in mine])
+            times /= np.mean([r["milliseconds an update"] for r in by_way[BASE]])
+            said.append(f"{name} has {word}, at {times:.1f} times its time of an update")
+    return headline, f"By {first}: " + "; ".join(said) + "."
+
+
+def main(arguments: list[str]) -> None:
+    worlds = [name for name in TASKS if isinstance(TASKS[name](Path()), VectorTask)]
+    args = lab_parser(__doc__.splitlines()[0], "timewarp-cartpole-swingup", worlds).parse_args(arguments)
+    task, folder = TASKS[args.task](args.runs), args.runs / args.task
+    seeds, each = (range(1), 100) if args.quick else (range(args.seeds), 1000)
+    plan = ways(task)
+    if args.quick or args.steps:
+        plan = {name: replace(r, steps=args.steps or 200) for name, r in plan.items()}
+    if not args.quick:
+        plan = choose_rates(task, plan, folder, args.jobs, args.device)
+    runs = [(name, replace(recipe, seed=seed)) for seed in seeds for name, recipe in plan.items()]
+    train_all(task, [recipe for _, recipe in runs], folder, args.jobs, args.device)
+    rows = [evaluate(task, name, recipe, folder, each) for name, recipe in runs]
+    report("loop_training", args, seeds, rows, *verdict(rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
