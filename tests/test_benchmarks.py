@@ -25,7 +25,6 @@ from envs.worlds.permutation import GENERATORS, PERMUTATIONS
 from envs.worlds.sandpile import topple
 from loopwm.dynamics import LoopedDynamics
 
-
 DEPTHS = ("full depth", "adaptive")  # of the errors of benchmarks.loop_training
 
 
