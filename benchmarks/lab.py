@@ -49,6 +49,7 @@ class Recipe:
     timed: bool = False  # a loop for each unit of difficulty, where the inputs say it; else its depth is its own
     gradient: str = "unrolled"  # implicit: of the fixed point, which a rule says when it is near (certified loops)
     solver: str = "plain"  # that leads there
+    fixed: bool = False  # whether every batch goes through ``loops`` loops, not a random number
     warm: bool = False  # whether each step of several starts from the loop state of the one before
 
     @property
@@ -173,6 +174,8 @@ class Task:
         depth, h0, weight = None, None, torch.ones(len(batch), device=batch.target.device)
         if recipe.timed:
             depth = batch.difficulty
+        elif recipe.fixed:
+            depth = recipe.loops
         elif recipe.looped and recipe.gradient == "unrolled":
             quarter = recipe.loops // 4
             free, depth = 0, int(rng.integers(quarter, 5 * quarter + 1))

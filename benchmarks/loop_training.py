@@ -1,10 +1,11 @@
 """Ways to train one and the same certified loop: back through its loops, or at its fixed point; cold or warm starts.
 
 Each way learns a continuous world of the laboratory (``benchmarks.vector_tasks``) with the same data, steps and first
-weights. Unrolled loops draw their depth at random; implicit gradients (Bai et al. 2019, 1909.01377) hold at the fixed
-point, which plain iteration or Anderson acceleration goes to until a step is a thousandth of the state. A warm start
-begins each step of a rollout at the loop state of the one before, so it needs a task of several steps. Errors are on
-test data of the trained difficulty, at 32 loops and at as many as the residual rule spends (there the ``loops``).
+weights. Unrolled loops have a random or a fixed number in training; implicit gradients (Bai et al. 2019, 1909.01377)
+hold at the fixed point, which plain iteration or Anderson acceleration goes to until a step is a thousandth of the
+state. A warm start begins each step of a rollout at the loop state of the one before, so it needs a task of several.
+Errors are on test data of the trained difficulty, after 32 loops, and at the fixed point by that rule and by the way's
+own solver, whose ``loops`` they are.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def ways(task: Task) -> dict[str, Recipe]:
     base = task.models["looped"]
     found = {
         BASE: base,
+        "unrolled, fixed depth": replace(base, fixed=True),
+        "unrolled, fixed, thrice the loops": replace(base, fixed=True, loops=3 * base.loops),
         "implicit": replace(base, gradient="implicit"),
         "implicit, Anderson": replace(base, gradient="implicit", solver="anderson"),
     }
@@ -39,7 +42,7 @@ def evaluate(task: VectorTask, name: str, recipe: Recipe, folder: Path, each: in
     """Errors and loops of one trained model."""
     model, data = load(task, recipe, folder), task.examples(each, task.trained, TEST)
     found = {}
-    for label, depth in (("full depth", FULL * recipe.loops), ("adaptive", None)):
+    for label, depth in (("full depth", FULL * task.models["looped"].loops), ("settled", None)):
         errors, loops = predict_errors(task, model, data, depth)
         found |= {f"{m}, {label}": round(e, 5) for m, e in task.measures(errors, data.difficulty).items()}
     update = round(1e3 * summary(recipe, folder)["seconds"] / recipe.steps, 2)

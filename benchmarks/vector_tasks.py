@@ -41,7 +41,7 @@ STEPWISE = {  # of worlds whose inputs say how many steps of something one of th
     "looped, a loop a step": Recipe("looped", "certified", steps=2000, hidden=64, loops=8, timed=True),
     "looped, linear, a loop a step": Recipe("looped", steps=2000, hidden=64, loops=8, timed=True),
 }
-SETTLED = 1e-3  # relative step at which a state counts as the fixed point, where gradients are taken there
+SETTLED = 1e-3  # relative step at which a state counts as the fixed point
 CORRELATION = 0.8  # of a random action with the one before
 
 
@@ -53,8 +53,8 @@ class VectorModel(nn.Module):
         prelude, block, coda = recipe.layers
         self.warm, ways = recipe.warm, {}
         if recipe.looped:
-            ways = {"gradient": recipe.gradient, "solver": recipe.solver}
-            ways |= {"halt_tolerance": SETTLED} if recipe.gradient == "implicit" else {}
+            ways = {"gradient": recipe.gradient, "solver": recipe.solver, "halt_tolerance": SETTLED}
+            ways |= {"depth_sampler": "fixed"} if recipe.fixed else {}
         self.dynamics = DYNAMICS[recipe.dynamics](
             obs_dim,
             action_dim,
