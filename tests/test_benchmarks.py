@@ -358,7 +358,7 @@ def test_ways_to_train_a_loop_differ_in_that_alone(tmp_path):
         lab.train(task, recipe, tmp_path)
         found = loop_training.evaluate(task, name, recipe, tmp_path, 8)
         assert set(found["error"]) == {f"{k} step{'s' * (k > 1)}, {d}" for k in (1, 5, 20, 50) for d in DEPTHS}
-        assert 1.0 <= found["loops"] <= 96.0 and found["milliseconds an update"] > 0.0
+        assert 1.0 <= found["loops"] <= 96.0
 
 
 @pytest.mark.parametrize(
