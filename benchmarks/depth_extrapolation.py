@@ -26,7 +26,7 @@ LONGEST = 99  # no world of ours is as difficult
 
 
 def depths_of(recipe: Recipe) -> list[int | str | None]:
-    """Those a model is tested at; a control has its own, and so has a loop whose depth is timed."""
+    """Those a model is tested at; a control has its own, and so has a loop whose depth is timed or fixed."""
     return list(dict.fromkeys(recipe.depth(factor) for factor in FACTORS))
 
 
@@ -60,7 +60,7 @@ def draw(task: Task, rows: list[dict], path: Path) -> None:
         scores = np.array([mean_error(rows, name, size, deep(recipe), group) for group in found])  # (groups, seeds)
         line = left.plot(found, scores.mean(1), marker="o", ms=3, label=name)[0]
         left.fill_between(found, scores.min(1), scores.max(1), color=line.get_color(), alpha=0.15, linewidth=0)
-        if recipe.looped and not recipe.timed:
+        if len(depths_of(recipe)) > 1:
             for group, style in zip((task.edge, task.beyond[0]), ("--", "-"), strict=True):
                 y = [np.mean(mean_error(rows, name, size, d, group)) for d in depths_of(recipe)]
                 label = f"{name}: {group} {task.unit}"

@@ -68,10 +68,10 @@ class Recipe:
         return self.dynamics == "looped"
 
     def depth(self, factor: float = 1.0) -> int | str | None:
-        """Of a loop ``factor`` times the controls' depth, or TIMED; None: as far as a rule says, or a control's own."""
+        """``factor`` times the controls' depth, TIMED or fixed; None: as far as a rule says, or a control's own."""
         if not self.looped or self.gradient == "implicit":
             return None
-        return TIMED if self.timed else int(self.loops * factor)
+        return TIMED if self.timed else self.loops if self.fixed else int(self.loops * factor)
 
 
 class Examples(NamedTuple):

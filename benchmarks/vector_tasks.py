@@ -7,6 +7,7 @@ and errors are in standard deviations: 1 is what predicting the mean of the data
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -37,9 +38,13 @@ LADDER = {
     "single_pass": ((32, 8), (64, 8), (128, 8), (256, 8)),
     "deep_thin": ((64, 8),),
 }
-STEPWISE = {  # of worlds whose inputs say how many steps of something one of theirs takes: a loop for each
-    "looped, a loop a step": Recipe("looped", "certified", steps=2000, hidden=64, loops=8, timed=True),
-    "looped, linear, a loop a step": Recipe("looped", steps=2000, hidden=64, loops=8, timed=True),
+# Loops of worlds whose inputs say how many steps of something one of theirs takes: a loop for each, and, to tell what
+# that gains from what is gained by no random depth, always as many.
+STEPWISE = {
+    "looped, a loop a step": replace(MODELS["looped"], timed=True),
+    "looped, linear, a loop a step": replace(MODELS["looped, linear"], timed=True),
+    "looped, fixed depth": replace(MODELS["looped"], fixed=True),
+    "looped, linear, fixed depth": replace(MODELS["looped, linear"], fixed=True),
 }
 SETTLED = 1e-3  # relative step at which a state counts as the fixed point
 CORRELATION = 0.8  # of a random action with the one before

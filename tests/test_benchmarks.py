@@ -178,6 +178,10 @@ def test_a_timed_loop_takes_as_many_loops_as_the_example_is_difficult(tmp_path):
     by_hand = predict_errors(task, model, one, 11)[0]
     torch.testing.assert_close(predict_errors(task, model, one, timed.depth())[0], by_hand)
     assert depth_extrapolation.depths_of(timed) == [depth_extrapolation.deep(timed)]
+    fixed = replace(free, fixed=True)
+    assert fixed.depth() == fixed.depth(4) == 4 and depth_extrapolation.depths_of(fixed) == [4]
+    at_four = float(predict_errors(task, model, steps, 4)[0].mean())
+    assert task.loss(model, fixed, steps, np.random.default_rng(0)).item() == pytest.approx(at_four, rel=1e-5)
     assert depth_extrapolation.depths_of(free) == [1, 2, 4, 8, 16, 64]
 
 
