@@ -1,11 +1,11 @@
-"""Ways to train one and the same certified loop: back through its loops, or at its fixed point; cold or warm starts.
+"""Ways to train one and the same loop: back through its loops, or at its fixed point; cold or warm starts.
 
 Each way learns a continuous world of the laboratory (``benchmarks.vector_tasks``) with the same data, steps and first
 weights. Unrolled loops have a random or a fixed number in training; implicit gradients (Bai et al. 2019, 1909.01377)
 hold at the fixed point, which plain iteration or Anderson acceleration goes to until a step is a thousandth of the
 state. A warm start begins each step of a rollout at the loop state of the one before, so it needs a task of several.
-Errors are on test data of the trained difficulty, after 32 loops, and at the fixed point by that rule and by the way's
-own solver, whose ``loops`` they are.
+Errors are on test data of the trained difficulty: at the trained depth (the mean one, or the fixed point), after 32
+loops, and at the fixed point by that rule and by the way's own solver, whose ``loops`` they are.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ from benchmarks.harness import interval, report
 from benchmarks.lab import TEST, Recipe, Task, choose_rates, load, predict_errors, summary, train_all
 from benchmarks.tasks import TASKS, lab_parser
 from benchmarks.vector_tasks import Control, VectorTask
+from loopwm.dynamics import MODES
 
-FULL = 4  # times the trained depth
+FULL = 32  # loops
 BASE = "unrolled"
 
 
-def ways(task: Task) -> dict[str, Recipe]:
-    """Name -> recipe, all of the same parameters."""
-    base = task.models["looped"]
+def ways(task: Task, mode: str = "certified") -> dict[str, Recipe]:
+    """Name -> recipe, all of the same parameters; implicit gradients need a certificate."""
+    base = replace(task.models["looped"], mode=mode)
     found = {
         BASE: base,
         "unrolled, fixed depth": replace(base, fixed=True),
         "unrolled, fixed, thrice the loops": replace(base, fixed=True, loops=3 * base.loops),
-        "implicit": replace(base, gradient="implicit"),
-        "implicit, Anderson": replace(base, gradient="implicit", solver="anderson"),
     }
+    if mode == "certified":
+        found["implicit"] = replace(base, gradient="implicit")
+        found["implicit, Anderson"] = replace(base, gradient="implicit", solver="anderson")
     return found | ({"unrolled, warm start": replace(base, warm=True)} if isinstance(task, Control) else {})
 
 
@@ -42,7 +44,7 @@ def evaluate(task: VectorTask, name: str, recipe: Recipe, folder: Path, each: in
     """Errors and loops of one trained model."""
     model, data = load(task, recipe, folder), task.examples(each, task.trained, TEST)
     found = {}
-    for label, depth in (("full depth", FULL * task.models["looped"].loops), ("settled", None)):
+    for label, depth in (("trained depth", recipe.depth()), (f"{FULL} loops", FULL), ("settled", None)):
         errors, loops = predict_errors(task, model, data, depth)
         found |= {f"{m}, {label}": round(e, 5) for m, e in task.measures(errors, data.difficulty).items()}
     update = round(1e3 * summary(recipe, folder)["seconds"] / recipe.steps, 2)
@@ -74,10 +76,16 @@ def verdict(rows: list[dict]) -> tuple[dict, str]:
 
 def main(arguments: list[str]) -> None:
     worlds = [name for name in TASKS if isinstance(TASKS[name](Path()), VectorTask)]
-    args = lab_parser(__doc__.splitlines()[0], "timewarp-cartpole-swingup", worlds).parse_args(arguments)
+    p = lab_parser(__doc__.splitlines()[0], "timewarp-cartpole-swingup", worlds)
+    p.add_argument("--mode", choices=sorted(MODES), default="certified")
+    p.add_argument("--ways", nargs="+", metavar="NAME", help=f"some of them, {BASE!r} among them (default: all)")
+    args = p.parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task
     seeds, each = (range(1), 100) if args.quick else (range(args.seeds), 1000)
-    plan = ways(task)
+    plan = ways(task, args.mode)
+    if args.ways and not {BASE} <= set(args.ways) <= set(plan):
+        p.error(f"--ways: {BASE!r} and some of {', '.join(map(repr, list(plan)[1:]))}")
+    plan = {name: recipe for name, recipe in plan.items() if name in (args.ways or plan)}
     if args.quick or args.steps:
         plan = {name: replace(r, steps=args.steps or 200) for name, r in plan.items()}
     if not args.quick:

@@ -25,7 +25,7 @@ from envs.worlds.permutation import GENERATORS, PERMUTATIONS
 from envs.worlds.sandpile import topple
 from loopwm.dynamics import LoopedDynamics
 
-DEPTHS = ("full depth", "settled")  # of the errors of benchmarks.loop_training
+DEPTHS = ("trained depth", "32 loops", "settled")  # of the errors of benchmarks.loop_training
 
 
 class SmallSandpile(Sandpile):
@@ -348,6 +348,9 @@ def test_ways_to_train_a_loop_differ_in_that_alone(tmp_path):
     assert list(plan)[3:] == ["implicit", "implicit, Anderson", "unrolled, warm start"]
     assert list(loop_training.ways(SmallTimeWarp(tmp_path, "cartpole-swingup"))) == list(plan)[:5]
     assert len({recipe.name for recipe in plan.values()}) == 6
+    assert [r.mode for r in loop_training.ways(task, "linear").values()] == ["linear"] * 4  # no certificate to need
+    with pytest.raises(SystemExit):
+        loop_training.main(["--quick", "--ways", "implicit"])  # nothing to compare it with
     thrice = plan["unrolled, fixed, thrice the loops"]
     assert task.model(thrice).dynamics.sample_depth(5) == thrice.loops == 24
     models = {name: task.model(recipe) for name, recipe in plan.items()}
