@@ -31,13 +31,13 @@ def ways(task: Task, mode: str = "certified") -> dict[str, Recipe]:
     base = replace(task.models["looped"], mode=mode)
     found = {
         BASE: base,
-        "unrolled, fixed depth": replace(base, fixed=True),
-        "unrolled, fixed, thrice the loops": replace(base, fixed=True, loops=3 * base.loops),
+        "fixed": replace(base, fixed=True),
+        "fixed_thrice": replace(base, fixed=True, loops=3 * base.loops),
     }
     if mode == "certified":
         found["implicit"] = replace(base, gradient="implicit")
-        found["implicit, Anderson"] = replace(base, gradient="implicit", solver="anderson")
-    return found | ({"unrolled, warm start": replace(base, warm=True)} if isinstance(task, Control) else {})
+        found["implicit_anderson"] = replace(base, gradient="implicit", solver="anderson")
+    return found | ({"warm_start": replace(base, warm=True)} if isinstance(task, Control) else {})
 
 
 def evaluate(task: VectorTask, name: str, recipe: Recipe, folder: Path, each: int) -> dict:

@@ -345,22 +345,22 @@ def test_ways_to_train_a_loop_differ_in_that_alone(tmp_path):
     """Same parameters; implicit gradients stop by the rule, and only a warm start reads the state before."""
     task = SmallControl(tmp_path, "cartpole-swingup", policy=False)
     plan = {name: replace(r, hidden=8, steps=2) for name, r in loop_training.ways(task).items()}
-    assert list(plan)[3:] == ["implicit", "implicit, Anderson", "unrolled, warm start"]
+    assert list(plan)[3:] == ["implicit", "implicit_anderson", "warm_start"]
     assert list(loop_training.ways(SmallTimeWarp(tmp_path, "cartpole-swingup"))) == list(plan)[:5]
     assert len({recipe.name for recipe in plan.values()}) == 6
     assert [r.mode for r in loop_training.ways(task, "linear").values()] == ["linear"] * 4  # no certificate to need
     with pytest.raises(SystemExit):
         loop_training.main(["--quick", "--ways", "implicit"])  # nothing to compare it with
-    thrice = plan["unrolled, fixed, thrice the loops"]
+    thrice = plan["fixed_thrice"]
     assert task.model(thrice).dynamics.sample_depth(5) == thrice.loops == 24
     models = {name: task.model(recipe) for name, recipe in plan.items()}
     for model in models.values():
         model.load_state_dict(models["unrolled"].state_dict())
     data = task.examples(8, 0, lab.VALIDATION)
-    cold, warm = (models[name](*data.inputs, depth=1)[0] for name in ("unrolled", "unrolled, warm start"))
+    cold, warm = (models[name](*data.inputs, depth=1)[0] for name in ("unrolled", "warm_start"))
     assert torch.equal(cold[:, 0], warm[:, 0]) and not torch.allclose(cold[:, 1], warm[:, 1])
     assert models["implicit"].dynamics.gradient.trains_at_fixed_point and plan["implicit"].depth(4) is None
-    assert type(models["implicit, Anderson"].dynamics.solver).__name__ == "AndersonSolver"
+    assert type(models["implicit_anderson"].dynamics.solver).__name__ == "AndersonSolver"
     for name, recipe in plan.items():
         lab.train(task, recipe, tmp_path)
         found = loop_training.evaluate(task, name, recipe, tmp_path, 8)
