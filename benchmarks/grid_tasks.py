@@ -200,7 +200,9 @@ class Permutation(GridTask):
         "wide": Recipe("wide"),
         "wide, sees all": Recipe(WHOLE),
         "single_pass": Recipe("single_pass"),
+        "looped, fixed depth": Recipe("looped", fixed=True),
     }
+    ladder = LADDER | {"looped, fixed depth": LADDER["looped"]}
     name, unit, trained = "permutation", "letters", 8
     bins = ((1, 2), (3, 4), (5, 8), (9, 16), (17, 32))
     curriculum = 0.4
