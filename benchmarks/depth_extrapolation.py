@@ -1,4 +1,4 @@
-"""Steps harder than any in training, at depths from a quarter to sixteen times the trained mean.
+"""Steps harder than any in training, at depths from a quarter to sixteen times the controls'.
 
 Loop and controls learn one step of a world up to some difficulty (``benchmarks.lab``), and are tested far beyond it;
 on the sandpile also on a larger grid. On DMC tasks they learn five steps open loop, and what is beyond is longer
@@ -21,7 +21,7 @@ from benchmarks.harness import interval, report
 from benchmarks.lab import TEST, Recipe, Task, choose_rates, load, predict_errors, summary, train_all
 from benchmarks.tasks import TASKS, lab_parser
 
-FACTORS = (0.25, 0.5, 1, 2, 4, 16)  # depths over the trained mean
+FACTORS = (0.25, 0.5, 1, 2, 4, 16)  # depths over the controls'
 LONGEST = 99  # no world of ours is as difficult
 
 
@@ -31,7 +31,7 @@ def depths_of(recipe: Recipe) -> list[int | str | None]:
 
 
 def deep(recipe: Recipe) -> int | str | None:
-    """Four times the trained mean: what stands for a loop in the headline."""
+    """Four times the controls' depth, or its own: what stands for a loop in the headline."""
     return recipe.depth(4)
 
 
@@ -53,7 +53,7 @@ def mean_error(rows: list[dict], name: str, size: int, depth: int | str | None, 
 
 
 def draw(task: Task, rows: list[dict], path: Path) -> None:
-    """Error against difficulty at four times the trained depth, and against depth."""
+    """Error against difficulty at ``deep``, and against depth."""
     figure, (left, beside) = plt.subplots(1, 2, figsize=(10, 3.8), dpi=130)
     size, found = task.sizes[0], list(rows[0]["error"])
     for name, recipe in task.models.items():

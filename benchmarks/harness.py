@@ -20,6 +20,7 @@ import torch
 
 from agents import resolve_device
 from loopwm.config import ConfigError, load_config, read_config
+from loopwm.inspect.measure import strict
 from loopwm.training.run_dir import changed_settings, commit, versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,7 +87,8 @@ def report(
     print(verdict)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(strict(result), indent=1, allow_nan=False)
+        args.json.write_text(text + "\n", encoding="utf-8")
 
 
 def training_run(

@@ -176,6 +176,7 @@ class Task:
             depth = batch.difficulty
         elif recipe.fixed:
             depth = recipe.loops
+            weight = (self.loops_needed(batch.difficulty) <= depth * recipe.layers[1]).float()
         elif recipe.looped and recipe.gradient == "unrolled":
             quarter = recipe.loops // 4
             free, depth = 0, int(rng.integers(quarter, 5 * quarter + 1))
@@ -281,7 +282,7 @@ def validation_set(task: Task, each: int = 200) -> Examples:
 
 
 def validation_error(task: Task, model: nn.Module, recipe: Recipe, data: Examples) -> float:
-    """Error on examples of the trained difficulty, the loop's at twice the controls' depth."""
+    """Error on examples of the trained difficulty, at twice the controls' depth for a loop of random depth."""
     return task.pool(predict_errors(task, model, data, recipe.depth(2))[0])
 
 

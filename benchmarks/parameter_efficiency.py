@@ -2,10 +2,10 @@
 
 Loops of several widths and a ladder of controls learn one step of a world, or five of a DMC task open loop
 (``benchmarks.lab``). The error is of test data of the trained difficulty (DMC: 1 to 50 steps ahead), the loop at the
-depth of the largest stack (equal FLOPs). The ratio is the parameters of the smallest control of equal error, read off
-the controls' front (interpolated in logarithms), over the loop's; where no control reaches the loop it is a lower
-bound, where every control is better an upper one. It is read off the mean errors, and off those of each seed, all of
-which must agree before the loop is said to need fewer.
+depth of the largest stack (equal FLOPs, or fewer: ``Recipe.depth``). The ratio is the parameters of the smallest
+control of equal error, read off the controls' front (interpolated in logarithms), over the loop's; where no control
+reaches the loop it is a lower bound, where every control is better an upper one. It is read off the mean errors, and
+off those of each seed, all of which must agree before the loop is said to need fewer.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def parameters_for(error: float, points: list[tuple[float, float]]) -> tuple[flo
 
 
 def evaluate(task: Task, name: str, recipe: Recipe, folder: Path, each: int) -> dict:
-    """Errors of one trained model, the loop's at ``recipe.loops`` loops."""
+    """Errors of one trained model, at ``Recipe.depth``."""
     data = task.examples(each, task.trained, TEST)
     errors, _ = predict_errors(task, load(task, recipe, folder), data, recipe.depth())
     found = {measure: round(error, 5) for measure, error in task.measures(errors, data.difficulty).items()}

@@ -10,7 +10,6 @@ python -m benchmarks.stability --json docs/results/stability.json --figure docs/
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -210,15 +209,6 @@ def line(axes, x: Sequence[float], y: np.ndarray, color: str, style: str, height
         axes.plot([first], [height], "x", color=color, transform=axes.get_xaxis_transform())
 
 
-def strict(value):
-    """The same, with None for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: strict(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def main(arguments: list[str]) -> None:
     p = parser(__doc__.splitlines()[0])
     p.add_argument("--seeds", type=int, default=5)
@@ -236,7 +226,7 @@ def main(arguments: list[str]) -> None:
     if args.figure:
         draw(rows, args.figure)
     headline, verdict = conclude(rows, effort)
-    report("stability", args, seeds, strict(rows), strict(headline), verdict)
+    report("stability", args, seeds, rows, headline, verdict)
 
 
 if __name__ == "__main__":

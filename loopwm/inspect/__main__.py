@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -15,9 +14,10 @@ import torch
 from loopwm.config import ConfigError
 from loopwm.dynamics import LoopedDynamics
 from loopwm.inspect.figure import draw
-from loopwm.inspect.measure import SETTLED, chosen_depths, depth_errors, settling
+from loopwm.inspect.measure import SETTLED, chosen_depths, depth_errors, settling, strict
 from loopwm.inspect.run import Run, draw_windows, load_run
 from loopwm.training.checkpoint import CheckpointError
+from loopwm.training.interrupt import INTERRUPTED
 
 WINDOWS = 256  # of the replay, that everything is measured on
 LENGTHS = (20, 10, 5, 3)  # steps of a window: the first of them that episodes have
@@ -72,7 +72,7 @@ def page(found: dict[str, Any]) -> str:
         lines += [f"- {said}" for said in _about_the_loop(found)] + [""]
     lines += ["![what the loop does](inspect.png)", ""]
     lines += [f"Measured on {found['windows']} windows of the run's replay, by the slow model that the agent acts by."]
-    lines += ["Share of variance left unexplained, open loop (0: exact, 1: what the mean gets):", ""]
+    lines += ["Share of variance left unexplained, open loop (0: exact, or nothing varies; 1: what the mean gets):", ""]
     lines += ["| loops | " + " | ".join(found["ahead"]) + " |", "|---" * (len(found["ahead"]) + 1) + "|"]
     for row in found["depths"]:
         depth = row["depth"] or (f"adaptive, {row['loops']:.1f} on the mean" if found["looped"] else "none")
@@ -84,10 +84,10 @@ def _about_the_loop(found: dict[str, Any]) -> list[str]:
     """Sentences on contraction, on what depth buys, and on the depth that predictions choose."""
     rest, trained, name = found["settling"], found["mean_loops"], found["ahead"][0]
     middle = rest["distance"][trained][1]
-    bound = f"certified to shrink distances by {rest['bound']:.3f}" if rest["bound"] < 1.0 else "not certified to"
-    said = [f"One loop is {bound}; the largest factor seen is {rest['measured']:.3f}."]
+    bound = f"at most {rest['bound']:.3f} (certified)" if rest["bound"] < 1.0 else "any number (not certified)"
+    said = [f"One loop multiplies distances by {bound}; the largest factor seen is {rest['measured']:.3f}."]
     if rest["settled"]:
-        said.append(f"After {trained} loops, the trained mean, a state is {middle:.1%} of its size from its rest.")
+        said.append(f"After the trained mean of {trained} a state is {middle:.1%} of its size from its rest.")
     else:
         said.append(f"The loop does not come to rest within {SETTLED} loops.")
     row = {one["depth"]: one[name] for one in found["depths"]}
@@ -105,22 +105,13 @@ def write(found: dict[str, Any], folder: Path) -> None:
     """inspect.png, inspect.json and inspect.md. Raises OSError: they cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     draw(found, folder / "inspect.png")
-    text = json.dumps(_finite(found), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(strict(found), indent=1, allow_nan=False) + "\n"
     (folder / "inspect.json").write_text(text, encoding="utf-8")
     (folder / "inspect.md").write_text(page(found), encoding="utf-8")
 
 
-def _finite(x: Any) -> Any:
-    """JSON has no infinity: None stands for it."""
-    if isinstance(x, dict):
-        return {key: _finite(value) for key, value in x.items()}
-    if isinstance(x, list):
-        return [_finite(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 written, 2 something to correct."""
+    """Exit code: 0 written, 2 something to correct, 130 interrupted."""
     p = argparse.ArgumentParser(prog="loopwm.inspect", description=__doc__.splitlines()[0])
     p.add_argument("run_dir", type=Path, help="what train.py wrote")
     p.add_argument("--out", type=Path, metavar="DIR", help="where the report goes (default: RUN_DIR/inspect)")
@@ -133,6 +124,8 @@ def main(arguments: list[str]) -> int:
     except (CheckpointError, ConfigError, OSError) as error:
         print(f"loopwm.inspect: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
     print(page(found).replace("inspect.png", os.fspath(folder / "inspect.png")), end="")
     return 0
 

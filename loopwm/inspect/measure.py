@@ -13,31 +13,43 @@ from loopwm.inspect.run import Windows
 from loopwm.model import WorldModel
 
 SETTLED = 512  # loops after which a contracting loop counts as at its fixed point
-SHOWN = 32  # loops of which the distance to it is looked at
+SHOWN = 32  # loops of which the distance to it is looked at, or the trained mean, where that is more
 QUANTILES = (0.1, 0.5, 0.9)
 
 
 def unexplained(prediction: Tensor, truth: Tensor) -> float:
     """Squared error over the variance of what was predicted, (n,) or (n, Z); where that is none, zero or infinity."""
     spread, error = (truth - truth.mean(0)).square().mean(), (prediction - truth).square().mean()
-    return float(error / spread) if spread > 1e-9 else (math.inf if error > 1e-9 else 0.0)
+    if spread > 1e-9 or not bool(error.isfinite()):  # an error that is no number stays one
+        return float(error / spread)
+    return math.inf if error > 1e-9 else 0.0
+
+
+def strict(value: Any) -> Any:
+    """The same dicts and lists, with None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: strict(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def settling(dynamics: LoopedDynamics, z: Tensor, action: Tensor) -> dict[str, Any]:
     """How the loop state comes to rest from z (B, Z), action (B, A), as a share of its size there.
 
     Returns:
-        ``distance``: (SHOWN + 1) rows of the quantiles over the batch of ||h[t] - h[SETTLED]|| / ||h[SETTLED]||;
-        ``settled``: whether the last hundredth of those loops still moved any state by more than a thousandth;
+        ``distance``: for t = 0, 1, ... the quantiles over the batch of ||h[t] - h[SETTLED]|| / ||h[SETTLED]||;
+        ``settled``: whether the last hundredth of those loops moved no state by more than a thousandth;
         ``bound``, ``measured``: the contraction factor of one loop, certified and seen (``LoopedDynamics``).
     """
+    shown = max(SHOWN, dynamics.mean_loops)
     with dynamics.frozen():
-        states = dynamics.trajectory(z, action, SETTLED).flatten(2)  # (SETTLED + 1, B, D)
+        states = dynamics.trajectory(z, action, max(SETTLED, 2 * shown)).flatten(2)  # (T + 1, B, D)
         size = states[-1].norm(dim=-1).clamp_min(1e-8)  # (B,)
-        distance = (states[: SHOWN + 1] - states[-1]).norm(dim=-1) / size  # (SHOWN + 1, B)
+        distance = (states[: shown + 1] - states[-1]).norm(dim=-1) / size  # (shown + 1, B)
         moved = (states[-1] - states[-1 - SETTLED // 100]).norm(dim=-1) / size
         bound, measured = dynamics.lipschitz_bound(), dynamics.measured_contraction(z, action)
-    levels = torch.quantile(distance, torch.tensor(QUANTILES), dim=1).T  # (SHOWN + 1, 3)
+    levels = torch.quantile(distance, torch.tensor(QUANTILES), dim=1).T  # (shown + 1, 3)
     return {
         "distance": levels.tolist(),
         "settled": bool((moved < 1e-3).all()),

@@ -42,17 +42,23 @@ def load_run(run_dir: Path) -> Run:
     """
     cfg, frames = read_run(run_dir)
     checkpoints = Checkpoints(run_dir)
-    obs_dim, action_dim, _ = checkpoints.load(frames)["dims"]
-    replay = Replay(cfg.replay.capacity, cfg.num_envs, obs_dim, action_dim)  # in memory: its files are the run's
-    state = checkpoints.load_newest(replay)
-    model = make_world_model(cfg, obs_dim, action_dim)
+    misfit = f"{run_dir}: its checkpoint does not fit its config"
     try:
+        obs_dim, action_dim, _ = checkpoints.load(frames)["dims"]
+        replay = Replay(cfg.replay.capacity, cfg.num_envs, obs_dim, action_dim)  # in memory: its files are the run's
+        state = checkpoints.load_newest(replay)  # an older one, if the newest lacks rows of its replay
+        model = make_world_model(cfg, obs_dim, action_dim)
         flat = state["agent"]["targets"]["model"]  # one vector, in the order of the parameters
         if flat.numel() != sum(p.numel() for p in model.parameters()):
-            raise KeyError("other sizes")
-    except KeyError as error:
-        raise CheckpointError(f"{run_dir}: its checkpoint does not fit its config ({error})") from None
-    torch.nn.utils.vector_to_parameters(flat, model.parameters())
+            raise CheckpointError(f"{misfit} (another number of parameters)")
+        torch.nn.utils.vector_to_parameters(flat, model.parameters())
+        frames = state["frames"]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{misfit} ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
+    if not flat.isfinite().all():
+        raise CheckpointError(f"{run_dir}: its world model diverged, there is nothing but no numbers to look at")
     return Run(model.eval().requires_grad_(False), replay, cfg, frames)
 
 
@@ -61,6 +67,8 @@ def draw_windows(replay: Replay, count: int, lengths: tuple[int, ...], seed: int
 
     The same for the same seed. Raises CheckpointError: no episode is as long as the last of ``lengths``.
     """
+    if len(replay) < 2:
+        raise CheckpointError("the replay holds nothing yet")
     for steps in lengths:
         batch = replay.sample(4 * count, steps, np.random.default_rng(seed), uniform=True)
         whole = np.flatnonzero(batch.mask.all(0))[:count]  # those that met no end
