@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from benchmarks.harness import interval, report
-from benchmarks.lab import TEST, VALIDATION, Examples, Task, choose_rates, groups, load, predict_errors, train_all
+from benchmarks.lab import TEST, VALIDATION, Examples, Task, groups, load, predict_errors, prepared, train_all
 from benchmarks.tasks import TASKS, WITH_DIFFICULTY, lab_parser
 from loopwm.dynamics import (
     CertifiedHalting,
@@ -146,11 +146,7 @@ def main(arguments: list[str]) -> None:
     args = lab_parser(__doc__.splitlines()[0], WITH_DIFFICULTY[0], WITH_DIFFICULTY).parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task
     seeds, each = (range(1), 50) if args.quick else (range(args.seeds), 400)
-    recipe = task.models["looped"]
-    if args.quick or args.steps:
-        recipe = replace(recipe, steps=args.steps or 400)
-    if not args.quick:
-        recipe = choose_rates(task, {"looped": recipe}, folder, args.jobs, args.device)["looped"]
+    recipe = prepared(task, {"looped": task.models["looped"]}, folder, args, quick_steps=400)["looped"]
     train_all(task, [replace(recipe, seed=seed) for seed in seeds], folder, args.jobs, args.device)
     full, rows, repeats = FULL * recipe.loops, [], 1 if args.quick else 5
     check, data = task.examples(each // 2, LONGEST, VALIDATION), task.examples(each, LONGEST, TEST)

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.harness import interval, report
-from benchmarks.lab import TEST, Recipe, Task, choose_rates, load, predict_errors, summary, train_all
+from benchmarks.lab import TEST, Recipe, Task, load, predict_errors, prepared, summary, train_all
 from benchmarks.tasks import TASKS, lab_parser
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 16)  # depths over the controls'
@@ -112,11 +112,7 @@ def main(arguments: list[str]) -> None:
     args = lab_parser(__doc__.splitlines()[0], "sandpile").parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task
     seeds, each = (range(1), 100) if args.quick else (range(args.seeds), 400)
-    recipes = dict(task.models)
-    if args.quick or args.steps:
-        recipes = {name: replace(r, steps=args.steps or 400) for name, r in recipes.items()}
-    if not args.quick:
-        recipes = choose_rates(task, recipes, folder, args.jobs, args.device)
+    recipes = prepared(task, task.models, folder, args, quick_steps=400)
     plan = [(name, replace(recipe, seed=seed)) for seed in seeds for name, recipe in recipes.items()]
     train_all(task, [recipe for _, recipe in plan], folder, args.jobs, args.device)
     rows = [row for name, recipe in plan for row in evaluate(task, name, recipe, folder, each)]

@@ -7,6 +7,7 @@ three. Trained models are kept, so that the benchmarks that ask different things
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
@@ -329,6 +330,15 @@ def choose_rates(
         chosen[name] = replace(recipes[name], learning_rate=RATES[int(np.argmin(errors))])
         print(f"{name:24s} " + "  ".join(f"{r:g}: {e:.3f}" for r, e in zip(RATES, errors, strict=True)), flush=True)
     return chosen
+
+
+def prepared(
+    task: Task, recipes: dict[str, Recipe], folder: Path, args: argparse.Namespace, quick_steps: int
+) -> dict[str, Recipe]:
+    """The recipes at the steps that ``tasks.lab_parser``'s options ask for, at their best rates unless ``--quick``."""
+    if args.quick or args.steps:
+        recipes = {name: replace(r, steps=args.steps or quick_steps) for name, r in recipes.items()}
+    return recipes if args.quick else choose_rates(task, recipes, folder, args.jobs, args.device)
 
 
 def kept(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.harness import interval, report
-from benchmarks.lab import TEST, Recipe, Task, choose_rates, load, predict_errors, summary, train_all
+from benchmarks.lab import TEST, Recipe, Task, load, predict_errors, prepared, summary, train_all
 from benchmarks.tasks import TASKS, lab_parser
 from benchmarks.vector_tasks import Control, VectorTask
 from loopwm.dynamics import MODES
@@ -93,10 +93,7 @@ def main(arguments: list[str]) -> None:
     if args.ways and not {BASE} <= set(args.ways) <= set(plan):
         p.error(f"--ways: {BASE!r} and some of {', '.join(map(repr, list(plan)[1:]))}")
     plan = {name: recipe for name, recipe in plan.items() if name in (args.ways or plan)}
-    if args.quick or args.steps:
-        plan = {name: replace(r, steps=args.steps or 200) for name, r in plan.items()}
-    if not args.quick:
-        plan = choose_rates(task, plan, folder, args.jobs, args.device)
+    plan = prepared(task, plan, folder, args, quick_steps=200)
     runs = [(name, replace(recipe, seed=seed)) for seed in seeds for name, recipe in plan.items()]
     train_all(task, [recipe for _, recipe in runs], folder, args.jobs, args.device)
     rows = [evaluate(task, name, recipe, folder, each) for name, recipe in runs]

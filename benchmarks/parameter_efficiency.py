@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.harness import interval, report
-from benchmarks.lab import FLOOR, TEST, Recipe, Task, choose_rates, load, predict_errors, summary, train_all
+from benchmarks.lab import FLOOR, TEST, Recipe, Task, load, predict_errors, prepared, summary, train_all
 from benchmarks.tasks import TASKS, lab_parser
 
 ENDS = {"at least ": " (no control of the ladder reaches it)", "at most ": " (all are better)"}
@@ -163,11 +163,7 @@ def main(arguments: list[str]) -> None:
     args = lab_parser(__doc__.splitlines()[0], "sandpile").parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task
     seeds, each = (range(1), 100) if args.quick else (range(args.seeds), 1000)
-    bases = {name: task.models[name] for name in task.ladder}
-    if args.quick or args.steps:
-        bases = {name: replace(r, steps=args.steps or 200) for name, r in bases.items()}
-    if not args.quick:
-        bases = choose_rates(task, bases, folder, args.jobs, args.device)
+    bases = prepared(task, {name: task.models[name] for name in task.ladder}, folder, args, quick_steps=200)
     plan = [
         (name, replace(bases[name], hidden=hidden, loops=loops, seed=seed))
         for seed in seeds

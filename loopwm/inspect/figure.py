@@ -27,7 +27,6 @@ def draw(found: dict[str, Any], path: Path) -> None:
     title = f"{found['task']}, {found['dynamics']}, seed {found['seed']}, after {found['frames']:,} frames"
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
 

@@ -53,9 +53,9 @@ def load_run(run_dir: Path) -> Run:
             raise CheckpointError(f"{misfit} (another number of parameters)")
         torch.nn.utils.vector_to_parameters(flat, model.parameters())
         frames = state["frames"]
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{misfit} ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
     if not flat.isfinite().all():
         raise CheckpointError(f"{run_dir}: its world model diverged, there is nothing but no numbers to look at")
