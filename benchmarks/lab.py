@@ -52,6 +52,7 @@ class Recipe:
     solver: str = "plain"  # that leads there
     fixed: bool = False  # whether every batch goes through ``loops`` loops, not a random number
     warm: bool = False  # whether each step of several starts from the loop state of the one before
+    quarters: tuple[int, int] = (1, 5)  # fewest and most loops of a random number, in quarters of ``loops``
 
     @property
     def name(self) -> str:
@@ -167,7 +168,7 @@ class Task:
     def loss(self, model: nn.Module, recipe: Recipe, batch: Examples, rng: np.random.Generator) -> Tensor:
         """Mean loss of a batch, the loop's at a random depth.
 
-        Half of the looped batches start at h0 and go through a quarter to five quarters of ``recipe.loops``. Where
+        Half of the looped batches start at h0 and go through ``recipe.quarters`` of ``recipe.loops``. Where
         there are free loops the others first run up to that many without gradient and are trained from where these
         lead, which teaches the loop to go on from its own states and to keep an answer it has (progressive training:
         Bansal et al. 2022, arXiv 2202.05826, section 3.2). A timed loop goes through as many as the difficulty is.
@@ -180,7 +181,8 @@ class Task:
             weight = (self.loops_needed(batch.difficulty) <= depth * recipe.layers[1]).float()
         elif recipe.looped and recipe.gradient == "unrolled":
             quarter = recipe.loops // 4
-            free, depth = 0, int(rng.integers(quarter, 5 * quarter + 1))
+            fewest, most = recipe.quarters
+            free, depth = 0, int(rng.integers(fewest * quarter, most * quarter + 1))
             if recipe.free_loops and rng.random() < 0.5:
                 free, depth = int(rng.integers(1, recipe.free_loops + 1)), int(rng.integers(quarter, 3 * quarter + 1))
                 with torch.no_grad():

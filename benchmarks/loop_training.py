@@ -28,13 +28,21 @@ BASE = "unrolled"
 
 
 def ways(task: Task, mode: str = "certified") -> dict[str, Recipe]:
-    """Name -> recipe, all of the same parameters; implicit gradients need a certificate."""
+    """Name -> recipe, all of the same parameters; implicit gradients need a certificate.
+
+    Where a task draws a depth for each batch (1/4 to 5/4 of the recipe's loops, so 3/4 on the mean) there are also the
+    mean as a fixed depth, and two spreads around the whole: what chance costs and what a lower mean costs, apart.
+    """
     base = replace(task.models["looped"], mode=mode)
     found = {
         BASE: base,
         "fixed": replace(base, fixed=True),
         "fixed_thrice": replace(base, fixed=True, loops=3 * base.loops),
     }
+    if not isinstance(task, Control):
+        found["fixed_mean"] = replace(base, fixed=True, loops=base.loops * 3 // 4)
+        found["around"] = replace(base, quarters=(2, 6))
+        found["widely_around"] = replace(base, quarters=(1, 7))
     if mode == "certified":
         found["implicit"] = replace(base, gradient="implicit")
         found["implicit_anderson"] = replace(base, gradient="implicit", solver="anderson")

@@ -342,12 +342,31 @@ def test_the_loop_needs_fewer_parameters_only_if_every_seed_says_so(worst, wins)
     assert ("the loop needs fewer parameters" in said) == wins
 
 
+def depths_in_training(task, recipe) -> set[int]:
+    """All depths that ``Task.loss`` asks a model for."""
+    asked, rng = set(), np.random.default_rng(0)
+    model, batch = task.model(recipe), task.examples(1, task.trained, lab.VALIDATION)
+
+    def spy(*inputs, depth, h0):
+        asked.add(depth)
+        return model(*inputs, depth=1)
+
+    for _ in range(200):
+        task.loss(spy, recipe, batch, rng)
+    return asked
+
+
 def test_ways_to_train_a_loop_differ_in_that_alone(tmp_path):
     """Same parameters; implicit gradients stop by the rule, and only a warm start reads the state before."""
     task = SmallControl(tmp_path, "cartpole-swingup", policy=False)
     plan = {name: replace(r, hidden=8, steps=2) for name, r in loop_training.ways(task).items()}
     assert list(plan)[3:] == ["implicit", "implicit_anderson", "warm_start"]
-    assert list(loop_training.ways(SmallTimeWarp(tmp_path, "cartpole-swingup"))) == list(plan)[:5]
+    warp = SmallTimeWarp(tmp_path, "cartpole-swingup")
+    drawn = loop_training.ways(warp)
+    assert list(drawn) == [*list(plan)[:3], "fixed_mean", "around", "widely_around", *list(plan)[3:5]]
+    assert drawn["fixed_mean"].depth() == 6 and drawn["around"].depth() == drawn["widely_around"].depth() == 8
+    for name, (fewest, most) in {"unrolled": (2, 10), "around": (4, 12), "widely_around": (2, 14)}.items():
+        assert depths_in_training(warp, drawn[name]) == set(range(fewest, most + 1))
     assert len({recipe.name for recipe in plan.values()}) == 6
     assert [r.mode for r in loop_training.ways(task, "linear").values()] == ["linear"] * 4  # no certificate to need
     with pytest.raises(SystemExit):
