@@ -3,7 +3,8 @@
 Reads the trained loops of ``benchmarks.depth_extrapolation``, in worlds that say how difficult a step is. Each rule's
 tolerance is the widest that costs at most one per cent more error than the full depth (of all answers where they are
 right or wrong, else of the error), chosen on validation data. Its controls: random halting at the very same depths, and
-the smallest FIXED depth within the same one per cent.
+the smallest FIXED depth within the same one per cent. The learned gate is trained for it, on the loss drops of the
+trained loop, with examples of every difficulty from the training data's seed; the other rules learn nothing.
 """
 
 from __future__ import annotations
@@ -20,20 +21,23 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from scipy.stats import spearmanr
 from torch import nn
 
 from benchmarks.harness import interval, report
-from benchmarks.lab import TEST, VALIDATION, Examples, Task, groups, load, predict_errors, prepared, train_all
+from benchmarks.lab import TEST, TRAINING, VALIDATION, Examples, Task, groups, load, predict_errors, prepared, train_all
 from benchmarks.tasks import TASKS, WITH_DIFFICULTY, lab_parser
 from loopwm.dynamics import (
     CertifiedHalting,
+    GateHalting,
     HaltingRule,
     PatientHalting,
     PredictionHalting,
     RandomHalting,
     ResidualHalting,
     SecondDifferenceHalting,
+    gate_loss,
 )
 
 FULL = 4  # the full depth over the trained mean
@@ -41,16 +45,41 @@ LOSS = 0.01  # what a rule or a smaller depth may cost, see ``Task.within``
 LONGEST = 99
 FIXED = "smallest fixed depth"
 TOLERANCES = tuple(float(x) for x in np.geomspace(10.0, 1e-4, 31))
+GATE_STEPS, GATE_RATE = 600, 3e-3
 
 
-def rules(model: nn.Module) -> dict[str, Callable[[float], HaltingRule]]:
+def trained_gate(task: Task, model: nn.Module, full: int, each: int, steps: int = GATE_STEPS) -> GateHalting:
+    """The gate that foretells how far the loss of a trained model still falls, within ``full`` loops."""
+    data, rng = task.examples(each, LONGEST, TRAINING), np.random.default_rng(0)
+    torch.manual_seed(0)
+    rule = GateHalting.for_dynamics(model.dynamics, 1.0)
+    optimizer = torch.optim.Adam(rule.parameters(), GATE_RATE)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        batch = data.rows(torch.from_numpy(rng.integers(0, len(data), task.batch)))
+        with torch.no_grad(), model.dynamics.frozen():
+            states, predictions = model.trajectory(*batch.inputs, full)
+            losses = torch.stack([task.losses(prediction, batch.target) for prediction in predictions])  # (T, B)
+        optimizer.zero_grad()
+        gate_loss(rule.gate, states, losses).backward()
+        optimizer.step()
+        scheduler.step()
+    return rule.requires_grad_(False)
+
+
+def rules(model: nn.Module, gate: GateHalting) -> dict[str, Callable[[float], HaltingRule]]:
     """Name -> rule of a tolerance. ``prediction`` reads the step of the latent, off every cell of a grid.
 
-    The certified rule, and its tolerance in units of the state, for models that contract by construction alone.
+    The certified rule, and its tolerance in units of the state, for models that contract by construction alone; the
+    gate's is in units of the training's loss.
     """
 
     def step_of_latent(h):
         return model.dynamics.coda.step(h).flatten(1)
+
+    def gated(threshold: float) -> HaltingRule:
+        gate.threshold = threshold
+        return gate
 
     certified = {"certified distance": CertifiedHalting} if model.dynamics.cell.mode == "certified" else {}
     return {
@@ -59,6 +88,8 @@ def rules(model: nn.Module) -> dict[str, Callable[[float], HaltingRule]]:
         "second difference, patience 2": lambda tolerance: PatientHalting(SecondDifferenceHalting(tolerance), 2),
         "prediction": lambda tolerance: PredictionHalting(tolerance, step_of_latent),
         "prediction, patience 2": lambda tolerance: PatientHalting(PredictionHalting(tolerance, step_of_latent), 2),
+        "gate": gated,
+        "gate, patience 2": lambda tolerance: PatientHalting(gated(tolerance), 2),
     } | certified
 
 
@@ -155,7 +186,8 @@ def main(arguments: list[str]) -> None:
         model.dynamics.max_loops = full
         shared = {"seed": seed, "error_full": round(error_and_loops(task, model, data, full)[0], 5)}
         rows.append(shared | fixed_depth(task, model, check, data, full, repeats))
-        for name, rule in rules(model).items():
+        gate = trained_gate(task, model, full, 5 * each, 20 if args.quick else GATE_STEPS)
+        for name, rule in rules(model, gate).items():
             rows.append(shared | measure(task, model, name, rule, check, data, full, repeats))
             print(rows[-1], flush=True)
     if args.figure:

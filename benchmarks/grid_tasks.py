@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.lab import Examples, Recipe, Task
 from envs.worlds.permutation import GENERATORS, PERMUTATIONS, POINTS, compose
 from envs.worlds.sandpile import FULL, recurrent_piles, topple
-from loopwm.dynamics import DYNAMICS
+from loopwm.dynamics import DYNAMICS, DynamicsOutput
 from loopwm.dynamics.conv import ConvCell
 
 SIZE, MAX_LOOPS = 8, 32
@@ -95,36 +95,52 @@ class GridModel(nn.Module):
         self.dynamics = wide_whole(grid, words) if whole else DYNAMICS[recipe.dynamics](**words)
         self.decoder = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.ReLU(), nn.Conv2d(2 * width, classes, 1))
 
+    def encode(self, world: Tensor) -> Tensor:
+        """What is seen of the world (B, ...) -> z (B, D, rows, columns)."""
+        return self.encoder(world)
+
+    def decode(self, z_next: Tensor, action: Tensor) -> Tensor:
+        """z' (B, D, rows, columns), action (B, 1, rows, columns) -> logits (B, classes, ...)."""
+        return self.decoder(z_next)
+
+    def forward(
+        self, world: Tensor, action: Tensor, depth: int | None = None, h0: Tensor | None = None
+    ) -> tuple[Tensor, DynamicsOutput]:
+        """(logits, the dynamics' output)."""
+        out = self.dynamics(self.encode(world), action, depth, h0)
+        return self.decode(out.z_next, action), out
+
+    def trajectory(self, world: Tensor, action: Tensor, loops: int) -> tuple[Tensor, list[Tensor]]:
+        """(states (loops + 1, B, ...), the logits after each of the loops)."""
+        z = self.encode(world)
+        states = self.dynamics.trajectory(z, action, loops)
+        return states, [self.decode(self.dynamics.coda(z, h), action) for h in states[1:]]
+
 
 class SandpileModel(GridModel):
-    """pile and drop -> logits of the stable pile."""
+    """pile (B, S, S) in 0..3, drop (B, 1, S, S) -> logits (B, 4, S, S) of the stable pile."""
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe, FULL, FULL, recipe.hidden, (SIZE, SIZE))
 
-    def forward(self, pile: Tensor, drop: Tensor, depth: int | None = None, h0: Tensor | None = None):
-        """pile (B, S, S) in 0..3, drop (B, 1, S, S) -> (logits (B, 4, S, S), ``DynamicsOutput``)."""
-        z = self.encoder(nn.functional.one_hot(pile, FULL).movedim(-1, 1).float())  # (B, D, S, S)
-        out = self.dynamics(z, drop, depth, h0)
-        return self.decoder(out.z_next), out
+    def encode(self, world: Tensor) -> Tensor:
+        return self.encoder(nn.functional.one_hot(world, FULL).movedim(-1, 1).float())
 
 
 class PermutationModel(GridModel):
-    """A state and a word, letter by letter in a row -> logits of the state's product with the word."""
+    """row (B, 29, 1, L + 1): a state's matrix, then L letters; end (B, 1, 1, L + 1) marks the last letter.
+
+    -> logits (B, 5, 5) of where the state's product with the word sends each point, classes second.
+    """
 
     def __init__(self, recipe: Recipe):
         super().__init__(
             recipe, POINTS**2 + len(GENERATORS), POINTS**2, 2 * recipe.hidden, (1, Permutation.trained + 1)
         )
 
-    def forward(self, row: Tensor, end: Tensor, depth: int | None = None, h0: Tensor | None = None):
-        """row (B, 29, 1, L + 1): the state's matrix, then L letters; end (B, 1, 1, L + 1) marks the last letter.
-
-        Returns (logits (B, 5, 5) of where each point goes, classes second, ``DynamicsOutput``).
-        """
-        out = self.dynamics(self.encoder(row), end, depth, h0)
-        logits = (self.decoder(out.z_next) * end).sum((2, 3))  # (B, 25), read off where the word ends
-        return logits.unflatten(-1, (POINTS, POINTS)).mT, out
+    def decode(self, z_next: Tensor, action: Tensor) -> Tensor:
+        logits = (self.decoder(z_next) * action).sum((2, 3))  # (B, 25), read off where the word ends
+        return logits.unflatten(-1, (POINTS, POINTS)).mT
 
 
 class GridTask(Task):

@@ -87,6 +87,11 @@ class VectorModel(nn.Module):
             steps.append(obs)
         return torch.stack(steps, 1), out
 
+    def trajectory(self, obs: Tensor, actions: Tensor, loops: int) -> tuple[Tensor, list[Tensor]]:
+        """Of one step, obs (B, O), actions (B, 1, A): (states (loops + 1, B, D), (B, 1, O) after each of the loops)."""
+        states = self.dynamics.trajectory(obs, actions[:, 0], loops)
+        return states, [self.dynamics.coda(obs, h).unsqueeze(1) for h in states[1:]]
+
 
 class VectorTask(Task):
     """Arrays of steps on disk, in folder: obs, action, after, difficulty, episode; standardised on the way out."""

@@ -24,7 +24,8 @@ from benchmarks.tasks import TASKS, WITH_DIFFICULTY
 from benchmarks.vector_tasks import Control, TimeWarp
 from envs.worlds.permutation import GENERATORS, PERMUTATIONS
 from envs.worlds.sandpile import topple
-from loopwm.dynamics import LoopedDynamics
+from loopwm.dynamics import GateHalting, LoopedDynamics, gate_loss
+from loopwm.dynamics.halting.gate import remaining_drop
 
 DEPTHS = ("trained depth", "32 loops", "settled")  # of the errors of benchmarks.loop_training
 
@@ -264,11 +265,49 @@ def test_halting_is_judged_at_the_widest_tolerance_within_the_loss():
     task = Sandpile()
     model, data = task.model(Recipe("looped")), avalanches(3, 8, 7, 8)
     model.dynamics.max_loops = 8
-    rule = adaptive_depth.rules(model)["prediction"]
+    rule = adaptive_depth.rules(model, GateHalting(model.dynamics.state_dim))["prediction"]
     found = adaptive_depth.measure(task, model, "x", rule, data, data, 8, 1)
     assert found["tolerance"] == adaptive_depth.TOLERANCES[0] and found["loops"] == 1.0 and found["correlation"] == 0.0
     fixed = adaptive_depth.fixed_depth(task, model, data, data, 8, 1)
     assert fixed["loops"] == 1.0 and fixed["seconds"] > 0 and fixed["seconds_full"] > 0
+
+
+@pytest.mark.parametrize("world", [Sandpile, Permutation, SmallTimeWarp])
+def test_a_trajectory_of_the_laboratory_holds_every_prediction(world, tmp_path):
+    task = world(tmp_path, "cartpole-swingup") if world is SmallTimeWarp else world()
+    torch.manual_seed(0)
+    model, data = task.model(replace(task.models["looped"], hidden=8)), task.examples(2, task.trained, lab.VALIDATION)
+    with torch.no_grad():
+        for p in model.parameters():  # zero weights at the start would make all loops alike
+            p.add_(0.1 * torch.randn_like(p))
+        states, predictions = model.trajectory(*data.inputs, 3)
+        assert len(states) == 4 and len(predictions) == 3
+        for t in (1, 2, 3):
+            prediction, out = model(*data.inputs, depth=t)
+            torch.testing.assert_close(predictions[t - 1], prediction)
+            torch.testing.assert_close(states[t], out.h)
+    assert not torch.allclose(predictions[0], predictions[2])
+
+
+def test_the_gate_of_a_trained_loop_learns_what_its_losses_still_do(tmp_path):
+    """It forecasts better than a constant can, and the loop stays as it was."""
+    torch.manual_seed(0)
+    task = Permutation()
+    model = task.model(replace(task.models["looped"], hidden=8))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gates = [adaptive_depth.trained_gate(task, model, 6, 20, steps) for steps in (0, 400)]
+    data = task.examples(20, 32, lab.VALIDATION)
+    with torch.no_grad():
+        states, predictions = model.trajectory(*data.inputs, 6)
+        losses = torch.stack([task.losses(p, data.target) for p in predictions])
+        gates[0].gate.layers[-1].bias.fill_(float(remaining_drop(losses)[:-1].mean().log()))  # the best constant
+        constant, learnt = (float(gate_loss(rule.gate, states, losses)) for rule in gates)
+    assert learnt < constant - 0.05
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert adaptive_depth.rules(model, gates[1])["gate"](0.5).threshold == 0.5
 
 
 def test_the_verdict_on_halting_compares_its_time_with_that_of_the_fixed_depth():

@@ -136,7 +136,6 @@ def test_the_penalty_of_no_rows_is_empty(mode):
         (lambda: FixedHalting(True), "loops must be an integer of at least 1, got True"),
         (lambda: PatientHalting(FixedHalting(1), 1.9), "patience must be an integer of at least 1, got 1.9"),
         (lambda: DepthSchedule(torch.tensor([], dtype=torch.int64)), "one integer for each sample, got none"),
-        (lambda: LoopedDynamics(Z, A, D, block="conv", halting="gate"), "by name is for vector states"),
     ],
 )
 def test_what_counts_nothing_is_refused(make, match):

@@ -354,7 +354,7 @@ def test_empty_batch_by_every_rule(name):
         (lambda: LoopedDynamics(Z, A, D, mode="linear", halting="certified"), "halting 'certified' needs mode"),
         (lambda: LoopedDynamics(Z, A, D, mode="linear", gradient="implicit"), "gradient 'implicit' needs mode"),
         (lambda: looped(halting="prediction")(*inputs(2)), "needs a read-out"),
-        (lambda: looped(halting=GateHalting(D + 1).double())(*inputs(2)), f"states of {D + 1} entries, got {D}"),
+        (lambda: looped(halting=GateHalting(D + 1).double())(*inputs(2)), f"states of width {D + 1}, got {D}"),
         (lambda: looped()(*inputs(2), h0=randn(3, D)), r"state's shape \(2, 8\), got \(3, 8\)"),
         (lambda: looped().trajectory(*inputs(2), 0), "at least 1"),
         (lambda: AndersonSolver(memory=0), "memory >= 1"),
@@ -453,6 +453,26 @@ def test_a_trained_gate_stops_where_little_is_left_to_gain():
     wanted = (remaining_drop(losses) < threshold).int().argmax(0) + 1
     assert torch.corrcoef(torch.stack([loops, wanted]).double())[0, 1] > 0.95
     assert float((loops - wanted).abs().double().mean()) < 1.5 < float(wanted.double().std())
+
+
+@pytest.mark.parametrize("block, shape", [("conv", (D, 3, 5)), ("rank", (D, 3, 5)), ("transformer", (3, D))])
+def test_a_gate_reads_grids_and_tokens_wherever_their_places_are(block, shape):
+    """By name: the same weights for any number of places, and no matter in which order they stand."""
+    mode = "linear" if block == "transformer" else "certified"
+    rule = LoopedDynamics(Z, A, D, block=block, block_dim=4 * D, halting="gate", mode=mode).halting.double()
+    nn.init.normal_(rule.gate.layers[-1].weight, generator=generator())
+    h, before = randn(4, *shape), randn(4, *shape, seed=1)
+    forecast, places = rule.gate(h, before, 2), [i for i in (1, 2, 3)[: len(shape)] if h.shape[i] != D]
+    assert forecast.std() > 0.01 and tuple(places) == rule.gate.places
+    torch.testing.assert_close(rule.gate(h.flip(places), before.flip(places), 2), forecast)
+    torch.testing.assert_close(rule.gate(torch.cat([h, h], places[0]), torch.cat([before] * 2, places[0]), 2), forecast)
+    assert not torch.allclose(rule.gate(h.roll(1, places[0]), before, 2), forecast), "the step is that of each place"
+
+
+def test_gate_refuses_states_of_another_width():
+    for gate, shape, width in ((DropForecast(6), (2, 5), "5"), (DropForecast(6, places=(1,)), (2, 6, 3), "3")):
+        with pytest.raises(ValueError, match=f"states of width 6, got {width}"):
+            gate(torch.zeros(shape), torch.ones(shape), 1)
 
 
 def test_gate_loss_refuses_what_does_not_fit():

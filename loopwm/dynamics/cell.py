@@ -76,6 +76,7 @@ class Cell(nn.Module):
     coda: ClassVar[Callable] = Coda
     flops: ClassVar[tuple[int, int]]  # of a loop and of the injection, paid once per prediction, in like units
     norm_order: ClassVar[float] = 2.0  # of the norm of h in which ``lipschitz_bound`` speaks
+    places: ClassVar[tuple[int, ...]] = ()  # dimensions of h (B, ...) over which a state is laid out
 
     @staticmethod
     def width_multiple(hidden_dim: int) -> int:

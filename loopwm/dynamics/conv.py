@@ -59,6 +59,7 @@ class ConvCell(Cell):
     """
 
     prelude, coda = GridPrelude, GridCoda
+    places = (2, 3)
     flops = (10, 1)  # nine neighbours and W2; U
 
     @staticmethod

@@ -76,6 +76,7 @@ class RankCell(Cell):
     """
 
     prelude, start, coda = GridPrelude, ZeroStart, GridCoda
+    places = (2, 3)
     norm_order = math.inf
     flops = (SOURCES, 1)  # the pieces' sources; U
 

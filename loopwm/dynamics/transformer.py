@@ -36,6 +36,7 @@ class TransformerCell(Cell):
     """
 
     prelude = TokenPrelude
+    places = (1,)
     flops = (6, 1)  # queries, keys, values, their join, W1 and W2; U. Scores add G / 3 D to the six: little, if G < D
 
     @staticmethod

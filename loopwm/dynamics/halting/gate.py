@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loopwm.dynamics.base import relative_step
-from loopwm.dynamics.cell import LoopCell
+from loopwm.dynamics.cell import Cell
 from loopwm.dynamics.halting.rule import HaltingRule, HaltingRun, positive
 
 if TYPE_CHECKING:
@@ -25,16 +25,19 @@ if TYPE_CHECKING:
 class DropForecast(nn.Module):
     """The gate's network: (h, previous, t) -> log of the loss drop still to come.
 
-    Untrained it foretells a drop of ``exp(0) = 1``.
+    Untrained it foretells a drop of ``exp(0) = 1``. Of a grid or of tokens it reads each channel's mean, and its
+    largest size, over all places, so it has the same weights for any number of them.
 
     Args:
-        state_size: entries of one sample's state h (D for a vector). hidden_dim: width of its one hidden layer.
+        state_size: width D of the state h. hidden_dim: width of its one hidden layer. places: the dimensions of
+        h (n, ...) over which it is laid out: none for a vector, (2, 3) for a grid (n, D, rows, columns).
     """
 
-    def __init__(self, state_size: int, hidden_dim: int = 32):
+    def __init__(self, state_size: int, hidden_dim: int = 32, places: tuple[int, ...] = ()):
         super().__init__()
-        self.state_size = state_size
-        self.layers = nn.Sequential(nn.Linear(2 * state_size + 2, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 1))
+        self.state_size, self.places = state_size, places
+        read = 2 * state_size * (2 if places else 1)
+        self.layers = nn.Sequential(nn.Linear(read + 2, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 1))
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
 
@@ -42,16 +45,22 @@ class DropForecast(nn.Module):
         """log drop (n,) after loop t >= 1, one or (n,), from h (n, ...) and the state before it.
 
         Raises:
-            ValueError: for states of another size.
+            ValueError: for states of another width.
         """
-        state, step = h.flatten(1), (h - previous).flatten(1)  # (n, S)
-        if state.shape[1] != self.state_size:
-            raise ValueError(f"the gate was made for states of {self.state_size} entries, got {state.shape[1]}")
+        parts = [part for x in (h, h - previous) for part in self._read(x)]  # each (n, D)
         # Directions and sizes apart: steps shrink by orders of magnitude, and their size says most.
         size = relative_step(h, previous).clamp_min(1e-8).log().unsqueeze(1)  # (n, 1)
         count = torch.as_tensor(t, dtype=size.dtype, device=size.device).log().reshape(-1, 1).expand_as(size)
-        normal = [nn.functional.layer_norm(x, (self.state_size,), eps=1e-12) for x in (state, step)]
+        normal = [nn.functional.layer_norm(x, (self.state_size,), eps=1e-12) for x in parts]
         return self.layers(torch.cat([*normal, size, count], 1)).squeeze(1)
+
+    def _read(self, x: Tensor) -> list[Tensor]:
+        """What the network sees of x (n, ...): all of a vector, else mean and largest size over the places, (n, D)."""
+        parts = [x.mean(self.places), x.abs().amax(self.places)] if self.places else [x.flatten(1)]
+        if parts[0].shape[1:] != (self.state_size,):
+            width = "x".join(map(str, parts[0].shape[1:]))
+            raise ValueError(f"the gate was made for states of width {self.state_size}, got {width}")
+        return parts
 
 
 def remaining_drop(losses: Tensor) -> Tensor:
@@ -93,24 +102,22 @@ class GateHalting(HaltingRule):
     An untrained gate foretells 1 and stops nothing below a threshold of 1: train it with ``gate_loss``.
 
     Args:
-        state_size: entries of one sample's state h (D for a vector). By name: ``state_dim``. threshold: in units of
-        the loss it was trained on.
+        state_size, places: see ``DropForecast``; by name those of the dynamics' block. threshold: in units of the loss
+        it was trained on.
 
     Raises:
-        ValueError: threshold <= 0; at a prediction, for states of another size; by name, for grids and tokens, of which
-        nobody knows how many entries a state will have.
+        ValueError: threshold <= 0; at a prediction, for states of another width.
     """
 
-    def __init__(self, state_size: int, threshold: float = 0.01):
+    def __init__(self, state_size: int, threshold: float = 0.01, places: tuple[int, ...] = ()):
         super().__init__()
         self.threshold = positive(threshold, "threshold")
-        self.gate = DropForecast(state_size)
+        self.gate = DropForecast(state_size, places=places)
 
     @classmethod
     def for_dynamics(cls, dynamics: LoopedDynamics, tolerance: float) -> HaltingRule:
-        if not any(isinstance(cell, LoopCell) for cell in dynamics.cell.modules()):
-            raise ValueError("halting 'gate' by name is for vector states; for others give GateHalting(entries)")
-        return cls(dynamics.state_dim, tolerance)
+        block = next(cell for cell in dynamics.cell.modules() if isinstance(cell, Cell))
+        return cls(dynamics.state_dim, tolerance, block.places)
 
     def begin(self, dynamics: LoopedDynamics, h: Tensor) -> HaltingRun:
         return _GateRun(self.gate, self.threshold)
