@@ -2,9 +2,9 @@
 
 The loop alone, with a layer of its own before it or after it, and with two layers in the block at half the loops, all
 beside the stack of equal FLOPs (``benchmarks.lab``). FLOPs are torch's own count of whole updates (forward passes
-without gradient too), the mean of several at depths as training draws them, which for the loop are three quarters of
-the stack's on the mean; the error is that of validation data, the loop's at twice the stack's depth, its last value the
-final one.
+without gradient too), the mean of several at depths as training draws them: for a loop of random depth three quarters
+of the stack's on the mean. The error is that of validation data, such a loop's at twice the stack's depth, its last
+value the final one. ``--loop`` says which of a task's loops it is.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from benchmarks.tasks import TASKS, lab_parser
 CONTROL = "stacked"
 
 
-def variants(task: Task, steps: int) -> dict[str, Recipe]:
-    """Name -> recipe; the halved loop has its two layers in the place of two loops."""
-    loop = replace(task.models["looped"], steps=steps)
+def variants(task: Task, steps: int, loop: str = "looped") -> dict[str, Recipe]:
+    """Name -> recipe of a loop, by its name in ``task.models``; halved, its two layers stand for two of its loops."""
+    loop = replace(task.models[loop], steps=steps)
     half = {"loops": loop.loops // 2, "free_loops": loop.free_loops // 2, "layers": (1, 2, 1)}
     return {
         CONTROL: replace(task.models[CONTROL], steps=steps),
@@ -126,10 +126,15 @@ def verdict(rows: list[dict]) -> tuple[dict, str]:
 
 
 def main(arguments: list[str]) -> None:
-    args = lab_parser(__doc__.splitlines()[0], "permutation").parse_args(arguments)
+    p = lab_parser(__doc__.splitlines()[0], "permutation")
+    p.add_argument("--loop", default="looped", metavar="NAME", help="one of the task's loops (default: %(default)s)")
+    args = p.parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task
+    loops = [name for name, recipe in task.models.items() if recipe.looped]
+    if args.loop not in loops:
+        p.error(f"--loop: one of {', '.join(map(repr, loops))}")
     seeds = range(1) if args.quick else range(args.seeds)
-    plan = variants(task, args.steps or (240 if args.quick else task.models["looped"].steps))
+    plan = variants(task, args.steps or (240 if args.quick else task.models[args.loop].steps), args.loop)
     if not args.quick:
         plan = choose_rates(task, plan, folder, args.jobs, args.device)
     train_all(

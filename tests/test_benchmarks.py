@@ -485,6 +485,10 @@ def test_the_speedup_is_told_only_where_the_goal_was_reached():
 
 def test_halved_loops_have_the_layers_of_whole_ones():
     plan = training_flops.variants(Permutation(), 10)
+    fixed = training_flops.variants(Permutation(), 10, "looped, fixed depth")
+    assert [r.fixed for r in fixed.values()] == [False, *[True] * 4] and fixed["stacked"] == plan["stacked"]
+    with pytest.raises(SystemExit):
+        training_flops.main(["--quick", "--loop", "stacked"])
     half, whole = plan["two layers looped, half the loops"], plan["one layer looped"]
     assert half.loops * half.layers[1] == whole.loops * whole.layers[1]
     task = SmallSandpile()
