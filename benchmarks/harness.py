@@ -74,6 +74,7 @@ def report(
     result = {
         "benchmark": name,
         "quick": args.quick,
+        **({"task": args.task} if hasattr(args, "task") else {}),
         "seeds": list(seeds),
         "commit": commit(),
         "machine": machine(),

@@ -267,7 +267,7 @@ def train(task: Task, recipe: Recipe, folder: Path, device: torch.device | str =
     written = asdict(recipe) | {
         "seconds": round(time.perf_counter() - start, 1),
         "loss": round(last, 5) if math.isfinite(last) else None,  # None: training diverged
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": count(model),
         "curve": curve,
         "trained_at": commit(),
         "device": device_name(torch.device(device)),
@@ -335,12 +335,35 @@ def choose_rates(
 
 
 def prepared(
-    task: Task, recipes: dict[str, Recipe], folder: Path, args: argparse.Namespace, quick_steps: int
+    task: Task,
+    recipes: dict[str, Recipe],
+    folder: Path,
+    args: argparse.Namespace,
+    quick_steps: int,
+    rates: dict[str, float] | None = None,
 ) -> dict[str, Recipe]:
-    """The recipes at the steps that ``tasks.lab_parser``'s options ask for, at their best rates unless ``--quick``."""
+    """The recipes at the steps that ``tasks.lab_parser``'s options ask for, at their best rates unless ``--quick``.
+
+    ``rates``: those that are known already, by name.
+    """
     if args.quick or args.steps:
         recipes = {name: replace(r, steps=args.steps or quick_steps) for name, r in recipes.items()}
-    return recipes if args.quick else choose_rates(task, recipes, folder, args.jobs, args.device)
+    if args.quick:
+        return recipes
+    known = {name: replace(recipes[name], learning_rate=rate) for name, rate in (rates or {}).items()}
+    unknown = {name: recipe for name, recipe in recipes.items() if name not in known}
+    return recipes | known | choose_rates(task, unknown, folder, args.jobs, args.device)
+
+
+def count(model: nn.Module) -> int:
+    """Its parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def recipe_of(row: dict[str, Any]) -> Recipe:
+    """The recipe that a benchmark's row is of; fields that were not there yet are as by default."""
+    named = {f.name: row[f.name] for f in fields(Recipe) if f.name in row}
+    return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in named.items()})
 
 
 def kept(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -5,11 +5,13 @@ Loops of several widths and a ladder of controls learn one step of a world, or f
 depth of the largest stack (equal FLOPs, or fewer: ``Recipe.depth``). The ratio is the parameters of the smallest
 control of equal error, read off the controls' front (interpolated in logarithms), over the loop's; where no control
 reaches the loop it is a lower bound, where every control is better an upper one. It is read off the mean errors, and
-off those of each seed, all of which must agree before the loop is said to need fewer.
+off those of each seed, all of which must agree before the loop is said to need fewer. ``--more-of`` an earlier
+result keeps its rows and learning rates and trains the seeds that it lacks.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from dataclasses import replace
@@ -23,7 +25,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.harness import interval, report
-from benchmarks.lab import FLOOR, TEST, Recipe, Task, load, predict_errors, prepared, summary, train_all
+from benchmarks.lab import (
+    FLOOR,
+    TEST,
+    Recipe,
+    Task,
+    count,
+    load,
+    predict_errors,
+    prepared,
+    recipe_of,
+    summary,
+    train_all,
+)
 from benchmarks.tasks import TASKS, lab_parser
 
 ENDS = {"at least ": " (no control of the ladder reaches it)", "at most ": " (all are better)"}
@@ -159,19 +173,42 @@ def verdict(task: Task, rows: list[dict]) -> tuple[dict, str]:
     return headline, " ".join(sentences)
 
 
+def earlier_rows(task: Task, path: Path) -> dict[tuple[str, Recipe], dict]:
+    """(model, recipe) -> row of an earlier result. Raises ValueError where it is none of this benchmark and task."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        rows = {(row["model"], recipe_of(row)): row for row in result["rows"]}
+        whole = result["benchmark"] == "parameter_efficiency" and not result["quick"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no result of this benchmark ({type(error).__name__})") from None
+    of = result.get("task", task.name)  # files of before say it by their own name alone
+    sizes = all(row["parameters"] == count(task.model(recipe)) for (_, recipe), row in rows.items())
+    if not whole or of != task.name or not sizes:
+        raise ValueError(f"{path}: not a whole result of this benchmark on {task.name}")
+    return rows
+
+
 def main(arguments: list[str]) -> None:
-    args = lab_parser(__doc__.splitlines()[0], "sandpile").parse_args(arguments)
+    p = lab_parser(__doc__.splitlines()[0], "sandpile")
+    p.add_argument("--more-of", type=Path, metavar="FILE", help="an earlier result of this task, to add seeds to")
+    args = p.parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task
     seeds, each = (range(1), 100) if args.quick else (range(args.seeds), 1000)
-    bases = prepared(task, {name: task.models[name] for name in task.ladder}, folder, args, quick_steps=200)
+    try:
+        earlier = earlier_rows(task, args.more_of) if args.more_of else {}
+    except ValueError as error:
+        p.error(f"--more-of {error}")
+    rates = {name: recipe.learning_rate for name, recipe in earlier}
+    models = {name: task.models[name] for name in task.ladder}
+    bases = prepared(task, models, folder, args, 200, rates)
     plan = [
         (name, replace(bases[name], hidden=hidden, loops=loops, seed=seed))
         for seed in seeds
         for name, sizes in task.ladder.items()
         for hidden, loops in sizes
     ]
-    train_all(task, [recipe for _, recipe in plan], folder, args.jobs, args.device)
-    rows = [evaluate(task, name, recipe, folder, each) for name, recipe in plan]
+    train_all(task, [recipe for name, recipe in plan if (name, recipe) not in earlier], folder, args.jobs, args.device)
+    rows = [earlier.get((name, recipe)) or evaluate(task, name, recipe, folder, each) for name, recipe in plan]
     if args.figure:
         draw(task, rows, args.figure)
     report("parameter_efficiency", args, seeds, rows, *verdict(task, rows))

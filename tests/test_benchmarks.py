@@ -395,6 +395,44 @@ def depths_in_training(task, recipe) -> set[int]:
     return asked
 
 
+class TinyLadder(SmallTimeWarp):
+    ladder = {"looped": ((4, 8), (6, 8)), "stacked": ((4, 8),)}
+
+
+def test_seeds_are_added_to_an_earlier_result_at_its_rates(tmp_path, monkeypatch):
+    """Its rows stay as they are and nothing of it is trained again; another task's result is refused."""
+    trained = []
+
+    def serially(task, recipes, folder, jobs, device):
+        trained.extend(recipes)
+        for recipe in recipes:
+            lab.train(task, recipe, folder)
+
+    for module in (lab, parameter_efficiency):
+        monkeypatch.setattr(module, "train_all", serially)
+    name = "timewarp-cartpole-swingup"
+    monkeypatch.setitem(TASKS, name, lambda runs: TinyLadder(tmp_path, "cartpole-swingup"))
+    monkeypatch.setattr(lab, "RATES", (1e-3, 2e-3))
+
+    def run(words: str, file: str) -> dict:
+        trained.clear()
+        out = ["--json", str(tmp_path / file), "--runs", str(tmp_path / file[0])]
+        parameter_efficiency.main(["--task", name, "--steps", "8", *words.split(), *out])
+        return json.loads((tmp_path / file).read_text(encoding="utf-8"))
+
+    one = run("--seeds 1", "a.json")
+    assert len(trained) == 2 * 2 + 3 and one["task"] == name
+    rates = {row["model"]: row["learning_rate"] for row in one["rows"]}
+    two = run(f"--seeds 2 --more-of {tmp_path / 'a.json'}", "b.json")
+    assert [recipe.seed for recipe in trained] == [1] * 3 and two["rows"][:3] == one["rows"]
+    assert all(row["learning_rate"] == rates[row["model"]] for row in two["rows"]) and len(two["rows"]) == 6
+    for wrong in (one | {"task": "sandpile"}, one | {"quick": True}, one | {"rows": [{}]}, one | {"benchmark": "cost"}):
+        (tmp_path / "wrong.json").write_text(json.dumps(wrong), encoding="utf-8")
+        with pytest.raises(SystemExit):
+            run(f"--seeds 2 --more-of {tmp_path / 'wrong.json'}", "c.json")
+    assert not (tmp_path / "c.json").exists()
+
+
 def test_ways_to_train_a_loop_differ_in_that_alone(tmp_path):
     """Same parameters; implicit gradients stop by the rule, and only a warm start reads the state before."""
     task = SmallControl(tmp_path, "cartpole-swingup", policy=False)
