@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -145,10 +146,11 @@ def train(run_dir: Path, overrides: Sequence[str], core: int | None = None) -> P
 
 
 def train_all(jobs: dict[Path, Sequence[str]], workers: int) -> None:
-    """Train several runs, ``workers`` at a time, each pinned to a core of its own."""
-    cores: Queue[int] = Queue()
-    for core in range(workers):
-        cores.put(core)
+    """Train several runs, ``workers`` at a time, each pinned to a core of its own of those this process may use."""
+    mine = sorted(os.sched_getaffinity(0)) if shutil.which("taskset") else [None]
+    cores: Queue[int | None] = Queue()
+    for worker in range(workers):
+        cores.put(mine[worker % len(mine)])
 
     def one(item: tuple[Path, Sequence[str]]) -> None:
         core = cores.get()

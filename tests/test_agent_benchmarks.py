@@ -232,6 +232,19 @@ def test_kept_runs_are_looked_at_side_by_side(tmp_path, capsys):
     assert capsys.readouterr().out.count("no evaluation") == 8
 
 
+def test_runs_side_by_side_take_turns_on_the_cores_that_are_allowed(tmp_path, monkeypatch):
+    """Not on the machine's first ones: another benchmark may have been given those."""
+    taken: list[int | None] = []
+    monkeypatch.setattr(harness, "train", lambda run_dir, words, core: taken.append(core))
+    monkeypatch.setattr(harness.os, "sched_getaffinity", lambda pid: {5, 3}, raising=False)
+    for found, cores in (("/usr/bin/taskset", [3, 5, 3]), (None, [None] * 3)):  # None: no machine to pin anything on
+        monkeypatch.setattr(harness.shutil, "which", lambda name, found=found: found)
+        for workers in (1, 2, 3):
+            taken.clear()
+            harness.train_all({tmp_path / f"{i}": [] for i in range(workers)}, workers)
+            assert sorted(taken, key=str) == sorted(cores[:workers], key=str)
+
+
 def test_unexplained_is_a_share_of_the_variance():
     truth = torch.tensor([0.0, 2.0])
     assert diagnose.unexplained(truth, truth) == 0.0
