@@ -259,6 +259,24 @@ def test_the_verdict_says_who_won_and_whether_the_answer_was_kept():
         in depth_extrapolation.verdict(Sandpile(), rows)[1]
     )
 
+    alone = Sandpile()
+    alone.models = {name: recipe for name, recipe in Sandpile.models.items() if recipe.looped}
+    assert "has an error of 0.40 on 9-16 and keeps" in depth_extrapolation.verdict(alone, rows)[1]
+
+
+def test_some_models_of_a_task_are_trained_alone(tmp_path, monkeypatch):
+    """The loop among them, and without changing the task for anybody else."""
+    asked = []
+    monkeypatch.setattr(depth_extrapolation, "train_all", lambda task, recipes, *rest: asked.extend(recipes))
+    monkeypatch.setattr(depth_extrapolation, "evaluate", lambda task, name, *rest: [{"model": name}])
+    monkeypatch.setattr(depth_extrapolation, "verdict", lambda task, rows: ({}, " ".join(task.models)))
+    for words in (["wide"], ["looped", "loped"]):
+        with pytest.raises(SystemExit):
+            depth_extrapolation.main(["--quick", "--models", *words])
+    depth_extrapolation.main(["--quick", "--models", "wide", "looped", "--json", str(tmp_path / "x.json")])
+    assert [recipe.dynamics for recipe in asked] == ["looped", "wide"] and len(Sandpile.models) > 2
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["verdict"] == "looped wide"
+
 
 def test_halting_is_judged_at_the_widest_tolerance_within_the_loss():
     """On a model that is never right every tolerance is within the loss, so the widest is taken: one loop a step."""
