@@ -270,9 +270,9 @@ def test_some_models_of_a_task_are_trained_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(depth_extrapolation, "train_all", lambda task, recipes, *rest: asked.extend(recipes))
     monkeypatch.setattr(depth_extrapolation, "evaluate", lambda task, name, *rest: [{"model": name}])
     monkeypatch.setattr(depth_extrapolation, "verdict", lambda task, rows: ({}, " ".join(task.models)))
-    for words in (["wide"], ["looped", "loped"]):
+    for named in (["wide"], ["looped", "loped"]):
         with pytest.raises(SystemExit):
-            depth_extrapolation.main(["--quick", "--models", *words])
+            depth_extrapolation.main(["--quick", "--models", *named])
     depth_extrapolation.main(["--quick", "--models", "wide", "looped", "--json", str(tmp_path / "x.json")])
     assert [recipe.dynamics for recipe in asked] == ["looped", "wide"] and len(Sandpile.models) > 2
     assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["verdict"] == "looped wide"
