@@ -318,19 +318,22 @@ def train_all(task: Task, recipes: list[Recipe], folder: Path, jobs: int, device
             done.result()
 
 
-def choose_rates(
-    task: Task, recipes: dict[str, Recipe], folder: Path, jobs: int, device: torch.device | str = "cpu"
-) -> dict[str, Recipe]:
-    """Each recipe with the learning rate that is best on validation data after a quarter of its steps, seed 0."""
+def choose_rates(task: Task, recipes: dict[str, Recipe], folder: Path, args: argparse.Namespace) -> dict[str, Recipe]:
+    """Each recipe with the one of ``args.rates`` that is best on validation data after a quarter of its steps, seed 0.
+
+    What diverges there is no candidate, unless all do.
+    """
     tries = {
-        name: [replace(r, steps=r.steps // 4, learning_rate=rate) for rate in RATES] for name, r in recipes.items()
+        name: [replace(r, steps=r.steps // 4, learning_rate=rate) for rate in args.rates] for name, r in recipes.items()
     }
-    train_all(task, [recipe for row in tries.values() for recipe in row], folder, jobs, device)
+    train_all(task, [recipe for row in tries.values() for recipe in row], folder, args.jobs, args.device)
     data, chosen = validation_set(task), {}
     for name, row in tries.items():
         errors = [validation_error(task, load(task, r, folder), r, data) for r in row]
-        chosen[name] = replace(recipes[name], learning_rate=RATES[int(np.argmin(errors))])
-        print(f"{name:24s} " + "  ".join(f"{r:g}: {e:.3f}" for r, e in zip(RATES, errors, strict=True)), flush=True)
+        errors = [error if math.isfinite(error) else math.inf for error in errors]
+        chosen[name] = replace(recipes[name], learning_rate=args.rates[int(np.argmin(errors))])
+        shown = (f"{rate:g}: {error:.3f}" for rate, error in zip(args.rates, errors, strict=True))
+        print(f"{name:24s} " + "  ".join(shown), flush=True)
     return chosen
 
 
@@ -340,19 +343,19 @@ def prepared(
     folder: Path,
     args: argparse.Namespace,
     quick_steps: int,
-    rates: dict[str, float] | None = None,
+    known_rates: dict[str, float] | None = None,
 ) -> dict[str, Recipe]:
     """The recipes at the steps that ``tasks.lab_parser``'s options ask for, at their best rates unless ``--quick``.
 
-    ``rates``: those that are known already, by name.
+    ``known_rates``: the best ones of some, by name.
     """
     if args.quick or args.steps:
         recipes = {name: replace(r, steps=args.steps or quick_steps) for name, r in recipes.items()}
     if args.quick:
         return recipes
-    known = {name: replace(recipes[name], learning_rate=rate) for name, rate in (rates or {}).items()}
+    known = {name: replace(recipes[name], learning_rate=rate) for name, rate in (known_rates or {}).items()}
     unknown = {name: recipe for name, recipe in recipes.items() if name not in known}
-    return recipes | known | choose_rates(task, unknown, folder, args.jobs, args.device)
+    return recipes | known | choose_rates(task, unknown, folder, args)
 
 
 def count(model: nn.Module) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.grid_tasks import Permutation, Sandpile
 from benchmarks.harness import device_option, parser
-from benchmarks.lab import Task
+from benchmarks.lab import RATES, Task
 from benchmarks.vector_tasks import Control, TimeWarp
 
 TASKS: dict[str, Callable[[Path], Task]] = {
@@ -29,6 +29,9 @@ def lab_parser(description: str, task: str, names: Collection[str] = TASKS) -> a
     p.add_argument("--task", choices=sorted(names), default=task)
     p.add_argument("--seeds", type=int, default=5)
     p.add_argument("--steps", type=int, help="optimiser steps of every model (default: the task's)")
+    p.add_argument(
+        "--rates", type=float, nargs="+", metavar="RATE", default=RATES, help="learning rates to choose from"
+    )
     p.add_argument("--figure", type=Path, metavar="FILE")
     p.add_argument(
         "--device", type=device_option, default="cpu", help="cpu or cuda: where models train, --jobs at once"

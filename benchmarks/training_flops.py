@@ -136,7 +136,7 @@ def main(arguments: list[str]) -> None:
     seeds = range(1) if args.quick else range(args.seeds)
     plan = variants(task, args.steps or (240 if args.quick else task.models[args.loop].steps), args.loop)
     if not args.quick:
-        plan = choose_rates(task, plan, folder, args.jobs, args.device)
+        plan = choose_rates(task, plan, folder, args)
     train_all(
         task, [replace(recipe, seed=seed) for seed in seeds for recipe in plan.values()], folder, args.jobs, args.device
     )

@@ -430,17 +430,17 @@ def test_seeds_are_added_to_an_earlier_result_at_its_rates(tmp_path, monkeypatch
         monkeypatch.setattr(module, "train_all", serially)
     name = "timewarp-cartpole-swingup"
     monkeypatch.setitem(TASKS, name, lambda runs: TinyLadder(tmp_path, "cartpole-swingup"))
-    monkeypatch.setattr(lab, "RATES", (1e-3, 2e-3))
 
     def run(words: str, file: str) -> dict:
         trained.clear()
         out = ["--json", str(tmp_path / file), "--runs", str(tmp_path / file[0])]
-        parameter_efficiency.main(["--task", name, "--steps", "8", *words.split(), *out])
+        parameter_efficiency.main(["--task", name, "--steps", "8", "--rates", "0.001", "1e30", *words.split(), *out])
         return json.loads((tmp_path / file).read_text(encoding="utf-8"))
 
     one = run("--seeds 1", "a.json")
     assert len(trained) == 2 * 2 + 3 and one["task"] == name
     rates = {row["model"]: row["learning_rate"] for row in one["rows"]}
+    assert set(rates.values()) == {0.001}, "what diverges is no candidate"
     two = run(f"--seeds 2 --more-of {tmp_path / 'a.json'}", "b.json")
     assert [recipe.seed for recipe in trained] == [1] * 3 and two["rows"][:3] == one["rows"]
     assert all(row["learning_rate"] == rates[row["model"]] for row in two["rows"]) and len(two["rows"]) == 6
