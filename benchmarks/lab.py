@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
@@ -337,6 +337,33 @@ def choose_rates(task: Task, recipes: dict[str, Recipe], folder: Path, args: arg
     return chosen
 
 
+def choose_rates_in_full(
+    task: Task, recipes: dict[Any, Recipe], seeds: Sequence[int], folder: Path, args: argparse.Namespace
+) -> dict[Any, Recipe]:
+    """Each recipe with the one of ``args.rates`` that is best on validation data at the end, by the mean of the seeds.
+
+    All are trained to the end, so it costs what the rates are many; what diverges is no candidate, unless all do.
+    """
+    tries = {
+        key: [[replace(r, learning_rate=rate, seed=seed) for seed in seeds] for rate in args.rates]
+        for key, r in recipes.items()
+    }
+    train_all(task, [r for rates in tries.values() for row in rates for r in row], folder, args.jobs, args.device)
+    chosen = {}
+    for key, rates in tries.items():
+        errors = [float(np.mean([learning_curve(r, folder)[-1][1] for r in row])) for row in rates]
+        errors = [error if math.isfinite(error) else math.inf for error in errors]
+        chosen[key] = replace(recipes[key], learning_rate=args.rates[int(np.argmin(errors))])
+    return chosen
+
+
+def with_steps(recipes: dict[Any, Recipe], args: argparse.Namespace, quick_steps: int) -> dict[Any, Recipe]:
+    """The recipes at the steps that ``tasks.lab_parser``'s options ask for."""
+    if not (args.quick or args.steps):
+        return recipes
+    return {key: replace(r, steps=args.steps or quick_steps) for key, r in recipes.items()}
+
+
 def prepared(
     task: Task,
     recipes: dict[str, Recipe],
@@ -349,8 +376,7 @@ def prepared(
 
     ``known_rates``: the best ones of some, by name.
     """
-    if args.quick or args.steps:
-        recipes = {name: replace(r, steps=args.steps or quick_steps) for name, r in recipes.items()}
+    recipes = with_steps(recipes, args, quick_steps)
     if args.quick:
         return recipes
     known = {name: replace(recipes[name], learning_rate=rate) for name, rate in (known_rates or {}).items()}

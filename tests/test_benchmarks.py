@@ -422,9 +422,10 @@ def test_seeds_are_added_to_an_earlier_result_at_its_rates(tmp_path, monkeypatch
     trained = []
 
     def serially(task, recipes, folder, jobs, device):
-        trained.extend(recipes)
         for recipe in recipes:
-            lab.train(task, recipe, folder)
+            if not (folder / f"{recipe.name}.pt").exists():
+                trained.append(recipe)
+                lab.train(task, recipe, folder)
 
     for module in (lab, parameter_efficiency):
         monkeypatch.setattr(module, "train_all", serially)
@@ -444,6 +445,10 @@ def test_seeds_are_added_to_an_earlier_result_at_its_rates(tmp_path, monkeypatch
     two = run(f"--seeds 2 --more-of {tmp_path / 'a.json'}", "b.json")
     assert [recipe.seed for recipe in trained] == [1] * 3 and two["rows"][:3] == one["rows"]
     assert all(row["learning_rate"] == rates[row["model"]] for row in two["rows"]) and len(two["rows"]) == 6
+    full = run("--seeds 2 --rates-in-full", "d.json")  # of two rates, three sizes and two seeds
+    assert len(trained) == 12 and {row["learning_rate"] for row in full["rows"]} == {0.001}
+    more = run(f"--seeds 3 --more-of {tmp_path / 'd.json'}", "e.json")
+    assert [recipe.seed for recipe in trained] == [2] * 3 and more["rows"][:6] == full["rows"]
     for wrong in (one | {"task": "sandpile"}, one | {"quick": True}, one | {"rows": [{}]}, one | {"benchmark": "cost"}):
         (tmp_path / "wrong.json").write_text(json.dumps(wrong), encoding="utf-8")
         with pytest.raises(SystemExit):
