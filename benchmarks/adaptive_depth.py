@@ -4,7 +4,8 @@ Reads the trained loops of ``benchmarks.depth_extrapolation``, in worlds that sa
 tolerance is the widest that costs at most one per cent more error than the full depth (of all answers where they are
 right or wrong, else of the error), chosen on validation data. Its controls: random halting at the very same depths, and
 the smallest FIXED depth within the same one per cent. The learned gate is trained for it, on the loss drops of the
-trained loop, with examples of every difficulty from the training data's seed; the other rules learn nothing.
+trained loop, with examples of every difficulty from the training data's seed, or up to ``--gate-difficulty``; the
+other rules learn nothing.
 """
 
 from __future__ import annotations
@@ -48,9 +49,15 @@ TOLERANCES = tuple(float(x) for x in np.geomspace(10.0, 1e-4, 31))
 GATE_STEPS, GATE_RATE = 600, 3e-3
 
 
-def trained_gate(task: Task, model: nn.Module, full: int, each: int, steps: int = GATE_STEPS) -> GateHalting:
-    """The gate that foretells how far the loss of a trained model still falls, within ``full`` loops."""
+def trained_gate(
+    task: Task, model: nn.Module, full: int, each: int, steps: int = GATE_STEPS, hardest: int = LONGEST
+) -> GateHalting:
+    """The gate that foretells how far the loss of a trained model still falls, within ``full`` loops.
+
+    It learns from examples of the sizes that the test has, up to the ``hardest`` difficulty.
+    """
     data, rng = task.examples(each, LONGEST, TRAINING), np.random.default_rng(0)
+    data = data.rows(torch.nonzero(data.difficulty <= hardest).squeeze(1))
     torch.manual_seed(0)
     rule = GateHalting.for_dynamics(model.dynamics, 1.0)
     optimizer = torch.optim.Adam(rule.parameters(), GATE_RATE)
@@ -174,7 +181,9 @@ def draw(task: Task, rows: list[dict], full: int, path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    args = lab_parser(__doc__.splitlines()[0], WITH_DIFFICULTY[0], WITH_DIFFICULTY).parse_args(arguments)
+    p = lab_parser(__doc__.splitlines()[0], WITH_DIFFICULTY[0], WITH_DIFFICULTY)
+    p.add_argument("--gate-difficulty", type=int, metavar="N", help="the hardest that the gate is shown (default: all)")
+    args = p.parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task
     seeds, each = (range(1), 50) if args.quick else (range(args.seeds), 400)
     recipe = prepared(task, {"looped": task.models["looped"]}, folder, args, quick_steps=400)["looped"]
@@ -186,7 +195,8 @@ def main(arguments: list[str]) -> None:
         model.dynamics.max_loops = full
         shared = {"seed": seed, "error_full": round(error_and_loops(task, model, data, full)[0], 5)}
         rows.append(shared | fixed_depth(task, model, check, data, full, repeats))
-        gate = trained_gate(task, model, full, 5 * each, 20 if args.quick else GATE_STEPS)
+        hardest = args.gate_difficulty or LONGEST
+        gate = trained_gate(task, model, full, 5 * each, 20 if args.quick else GATE_STEPS, hardest)
         for name, rule in rules(model, gate).items():
             rows.append(shared | measure(task, model, name, rule, check, data, full, repeats))
             print(rows[-1], flush=True)

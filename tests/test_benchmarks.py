@@ -326,6 +326,11 @@ def test_the_gate_of_a_trained_loop_learns_what_its_losses_still_do(tmp_path):
     assert learnt < constant - 0.05
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert adaptive_depth.rules(model, gates[1])["gate"](0.5).threshold == 0.5
+    asked, trajectory = [], model.trajectory
+    model.trajectory = lambda row, end, loops: (asked.append(end), trajectory(row, end, loops))[1]
+    adaptive_depth.trained_gate(task, model, 6, 20, 5, hardest=4)
+    lengths = torch.cat(asked).flatten(1).argmax(1)
+    assert len(asked) == 5 and lengths.max() == 4 and asked[0].shape[-1] == 33  # short words in long rows
 
 
 def test_the_verdict_on_halting_compares_its_time_with_that_of_the_fixed_depth():
