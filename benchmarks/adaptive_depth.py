@@ -185,6 +185,8 @@ def main(arguments: list[str]) -> None:
     p.add_argument("--gate-difficulty", type=int, metavar="N", help="the hardest that the gate is shown (default: all)")
     args = p.parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task
+    if args.gate_difficulty is not None and args.gate_difficulty < task.bins[0][0]:
+        p.error(f"--gate-difficulty {args.gate_difficulty}: at least {task.bins[0][0]} {task.unit}")
     seeds, each = (range(1), 50) if args.quick else (range(args.seeds), 400)
     recipe = prepared(task, {"looped": task.models["looped"]}, folder, args, quick_steps=400)["looped"]
     train_all(task, [replace(recipe, seed=seed) for seed in seeds], folder, args.jobs, args.device)
@@ -195,7 +197,7 @@ def main(arguments: list[str]) -> None:
         model.dynamics.max_loops = full
         shared = {"seed": seed, "error_full": round(error_and_loops(task, model, data, full)[0], 5)}
         rows.append(shared | fixed_depth(task, model, check, data, full, repeats))
-        hardest = args.gate_difficulty or LONGEST
+        hardest = LONGEST if args.gate_difficulty is None else args.gate_difficulty
         gate = trained_gate(task, model, full, 5 * each, 20 if args.quick else GATE_STEPS, hardest)
         for name, rule in rules(model, gate).items():
             rows.append(shared | measure(task, model, name, rule, check, data, full, repeats))

@@ -25,7 +25,15 @@ from loopwm.inspect.measure import strict
 from loopwm.training.run_dir import changed_settings, commit, versions
 
 ROOT = Path(__file__).resolve().parents[1]
+NOT_OPTIONS = ("quick", "task", "json", "csv", "figure", "runs", "jobs")  # of how a result was made, else written down
 LOAD_AT_START = round(os.getloadavg()[0], 2)
+
+
+def cores() -> list[int | None]:
+    """Those that this process may use, by number; where nobody says which, as many Nones."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return [None] * (os.cpu_count() or 1)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -34,7 +42,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="minutes instead of hours: fewer seeds and frames")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     p.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmarks", help="where training runs are kept")
-    p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="training runs side by side, a core each")
+    p.add_argument("--jobs", type=int, default=len(cores()), help="training runs side by side, a core each")
     return p
 
 
@@ -75,7 +83,8 @@ def report(
     result = {
         "benchmark": name,
         "quick": args.quick,
-        **({"task": args.task} if hasattr(args, "task") else {}),
+        **({"task": args.task} if getattr(args, "task", None) else {}),
+        "options": {name: value for name, value in vars(args).items() if name not in NOT_OPTIONS and value is not None},
         "seeds": list(seeds),
         "commit": commit(),
         "machine": machine(),
@@ -89,7 +98,7 @@ def report(
     print(verdict)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(strict(result), indent=1, allow_nan=False)
+        text = json.dumps(strict(result), indent=1, allow_nan=False, default=str)
         args.json.write_text(text + "\n", encoding="utf-8")
 
 
@@ -120,7 +129,7 @@ def at_frames(points: list[tuple[int, float]], frames: int) -> float:
     return next(value for at, value in reversed(points) if at <= frames + 64)
 
 
-def train(run_dir: Path, overrides: Sequence[str], core: int | None = None) -> Path:
+def train(run_dir: Path, overrides: Sequence[str], core: int | None = None, one_thread: bool = False) -> Path:
     """Train to the end as a user would, on one core and thread if ``core`` is given; a finished run is kept.
 
     Raises:
@@ -136,7 +145,7 @@ def train(run_dir: Path, overrides: Sequence[str], core: int | None = None) -> P
     if core is not None:
         command = ["taskset", "-c", str(core), *command]
     env = {**os.environ, "MUJOCO_GL": "disabled"}  # no film: it would be half a minute of software rendering a run
-    if core is not None:
+    if core is not None or one_thread:
         env["OMP_NUM_THREADS"] = "1"
     with (run_dir / "train.log").open("a") as log:
         done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=env)
@@ -146,22 +155,24 @@ def train(run_dir: Path, overrides: Sequence[str], core: int | None = None) -> P
 
 
 def train_all(jobs: dict[Path, Sequence[str]], workers: int) -> None:
-    """Train several runs, ``workers`` at a time, each pinned to a core of its own of those this process may use."""
-    mine = sorted(os.sched_getaffinity(0)) if shutil.which("taskset") else [None]
-    cores: Queue[int | None] = Queue()
+    """Train several runs, ``workers`` at a time, one thread each, on the cores this process may use in turn.
+
+    They are pinned there where ``taskset`` is at hand.
+    """
+    mine, free = cores() if shutil.which("taskset") else [None], Queue()
     for worker in range(workers):
-        cores.put(mine[worker % len(mine)])
+        free.put(mine[worker % len(mine)])
 
     def one(item: tuple[Path, Sequence[str]]) -> None:
-        core = cores.get()
+        core = free.get()
         try:
             start = time.perf_counter()
-            train(item[0], item[1], core)
+            train(item[0], item[1], core, one_thread=True)
             points = curve(item[0])
             last = f"{points[-1][1]:.1f} at {points[-1][0]}" if points else "no evaluation"
             print(f"{item[0].name:48s} {time.perf_counter() - start:7.0f} s  {last}", flush=True)
         finally:
-            cores.put(core)
+            free.put(core)
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(one, jobs.items()))

@@ -319,10 +319,7 @@ def train_all(task: Task, recipes: list[Recipe], folder: Path, jobs: int, device
 
 
 def choose_rates(task: Task, recipes: dict[str, Recipe], folder: Path, args: argparse.Namespace) -> dict[str, Recipe]:
-    """Each recipe with the one of ``args.rates`` that is best on validation data after a quarter of its steps, seed 0.
-
-    What diverges there is no candidate, unless all do.
-    """
+    """Each recipe with the one of ``args.rates`` that is best on validation data after a quarter of its steps."""
     tries = {
         name: [replace(r, steps=r.steps // 4, learning_rate=rate) for rate in args.rates] for name, r in recipes.items()
     }
@@ -330,7 +327,6 @@ def choose_rates(task: Task, recipes: dict[str, Recipe], folder: Path, args: arg
     data, chosen = validation_set(task), {}
     for name, row in tries.items():
         errors = [validation_error(task, load(task, r, folder), r, data) for r in row]
-        errors = [error if math.isfinite(error) else math.inf for error in errors]
         chosen[name] = replace(recipes[name], learning_rate=args.rates[int(np.argmin(errors))])
         shown = (f"{rate:g}: {error:.3f}" for rate, error in zip(args.rates, errors, strict=True))
         print(f"{name:24s} " + "  ".join(shown), flush=True)
@@ -342,7 +338,7 @@ def choose_rates_in_full(
 ) -> dict[Any, Recipe]:
     """Each recipe with the one of ``args.rates`` that is best on validation data at the end, by the mean of the seeds.
 
-    All are trained to the end, so it costs what the rates are many; what diverges is no candidate, unless all do.
+    All are trained to the end, so it costs as many trainings as there are rates.
     """
     tries = {
         key: [[replace(r, learning_rate=rate, seed=seed) for seed in seeds] for rate in args.rates]
@@ -351,8 +347,8 @@ def choose_rates_in_full(
     train_all(task, [r for rates in tries.values() for row in rates for r in row], folder, args.jobs, args.device)
     chosen = {}
     for key, rates in tries.items():
-        errors = [float(np.mean([learning_curve(r, folder)[-1][1] for r in row])) for row in rates]
-        errors = [error if math.isfinite(error) else math.inf for error in errors]
+        errors = np.array([[learning_curve(r, folder)[-1][1] for r in row] for row in rates]).mean(1)
+        errors = np.nan_to_num(errors, nan=np.inf)
         chosen[key] = replace(recipes[key], learning_rate=args.rates[int(np.argmin(errors))])
     return chosen
 
@@ -379,7 +375,8 @@ def prepared(
     recipes = with_steps(recipes, args, quick_steps)
     if args.quick:
         return recipes
-    known = {name: replace(recipes[name], learning_rate=rate) for name, rate in (known_rates or {}).items()}
+    rates = {name: rate for name, rate in (known_rates or {}).items() if name in recipes}
+    known = {name: replace(recipes[name], learning_rate=rate) for name, rate in rates.items()}
     unknown = {name: recipe for name, recipe in recipes.items() if name not in known}
     return recipes | known | choose_rates(task, unknown, folder, args)
 

@@ -179,18 +179,28 @@ def verdict(task: Task, rows: list[dict]) -> tuple[dict, str]:
     return headline, " ".join(sentences)
 
 
-def earlier_rows(task: Task, path: Path) -> dict[tuple[str, Recipe], dict]:
-    """(model, recipe) -> row of an earlier result. Raises ValueError where it is none of this benchmark and task."""
+def earlier_rows(task: Task, path: Path, steps: int | None) -> dict[tuple[str, Recipe], dict]:
+    """(model, recipe) -> row of an earlier result, all of sizes of the ladder after ``steps`` (None: the task's).
+
+    Raises:
+        ValueError: it is none of this benchmark, of this task, or of so many steps.
+    """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        rows = {(row["model"], recipe_of(row)): row for row in result["rows"]}
-        whole = result["benchmark"] == "parameter_efficiency" and not result["quick"]
+        rows = {(row["model"], recipe_of(row)): row for row in result["rows"] if row["error"]}
+        whole = rows and result["benchmark"] == "parameter_efficiency" and not result["quick"]
+        parameters = {key: row["parameters"] for key, row in rows.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no result of this benchmark ({type(error).__name__})") from None
-    of = result.get("task", task.name)  # files of before say it by their own name alone
-    sizes = all(row["parameters"] == count(task.model(recipe)) for (_, recipe), row in rows.items())
-    if not whole or of != task.name or not sizes:
+    if not whole or result.get("task", task.name) != task.name:  # files of before say it by their own name alone
         raise ValueError(f"{path}: not a whole result of this benchmark on {task.name}")
+    for name, recipe in rows:
+        base = task.models.get(name) if (recipe.hidden, recipe.loops) in task.ladder.get(name, ()) else None
+        free = {key: getattr(recipe, key) for key in ("hidden", "loops", "seed", "learning_rate")}
+        if base is None or recipe != replace(base, steps=steps or base.steps, **free):
+            raise ValueError(f"{path}: {name} is not of this ladder after {steps or 'its usual'} steps: see --steps")
+        if parameters[name, recipe] != count(task.model(recipe)):
+            raise ValueError(f"{path}: {name} has another number of parameters on {task.name}")
     return rows
 
 
@@ -223,9 +233,11 @@ def main(arguments: list[str]) -> None:
     task, folder = TASKS[args.task](args.runs), args.runs / args.task
     seeds, each = (range(1), 100) if args.quick else (range(args.seeds), 1000)
     try:
-        earlier = earlier_rows(task, args.more_of) if args.more_of else {}
+        earlier = earlier_rows(task, args.more_of, args.steps) if args.more_of else {}
     except ValueError as error:
         p.error(f"--more-of {error}")
+    if earlier and args.quick:
+        p.error("--more-of: not with --quick")
     ladder = sizes(task, args, folder, earlier)
     if args.rates_in_full:
         ladder = choose_rates_in_full(task, ladder, seeds, folder, args)

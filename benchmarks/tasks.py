@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -23,6 +24,17 @@ TASKS: dict[str, Callable[[Path], Task]] = {
 WITH_DIFFICULTY = ("sandpile", "permutation", "timewarp-cartpole-swingup")
 
 
+def positive(text: str) -> float:
+    """The type of an option: a number above zero. Raises argparse.ArgumentTypeError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above zero")
+    return value
+
+
 def lab_parser(description: str, task: str, names: Collection[str] = TASKS) -> argparse.ArgumentParser:
     """The options of a benchmark of the laboratory: ``parser``'s, and which world, seeds and steps."""
     p = parser(description)
@@ -30,7 +42,7 @@ def lab_parser(description: str, task: str, names: Collection[str] = TASKS) -> a
     p.add_argument("--seeds", type=int, default=5)
     p.add_argument("--steps", type=int, help="optimiser steps of every model (default: the task's)")
     p.add_argument(
-        "--rates", type=float, nargs="+", metavar="RATE", default=RATES, help="learning rates to choose from"
+        "--rates", type=positive, nargs="+", metavar="RATE", default=RATES, help="learning rates to choose from"
     )
     p.add_argument("--figure", type=Path, metavar="FILE")
     p.add_argument(

@@ -127,10 +127,14 @@ def verdict(rows: list[dict]) -> tuple[dict, str]:
 
 def main(arguments: list[str]) -> None:
     p = lab_parser(__doc__.splitlines()[0], "permutation")
-    p.add_argument("--loop", default="looped", metavar="NAME", help="one of the task's loops (default: %(default)s)")
+    p.add_argument(
+        "--loop", default="looped", metavar="NAME", help="of the task's loops of one layer (default: %(default)s)"
+    )
     args = p.parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task
-    loops = [name for name, recipe in task.models.items() if recipe.looped]
+    # A timed loop cannot be halved, and one of more layers has no variant with fewer.
+    plain = {name for name, r in task.models.items() if r.looped and not r.timed and r.layers == (1, 1, 1)}
+    loops = [name for name in task.models if name in plain]
     if args.loop not in loops:
         p.error(f"--loop: one of {', '.join(map(repr, loops))}")
     seeds = range(1) if args.quick else range(args.seeds)

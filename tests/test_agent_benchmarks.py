@@ -235,7 +235,7 @@ def test_kept_runs_are_looked_at_side_by_side(tmp_path, capsys):
 def test_runs_side_by_side_take_turns_on_the_cores_that_are_allowed(tmp_path, monkeypatch):
     """Not on the machine's first ones: another benchmark may have been given those."""
     taken: list[int | None] = []
-    monkeypatch.setattr(harness, "train", lambda run_dir, words, core: taken.append(core))
+    monkeypatch.setattr(harness, "train", lambda run_dir, words, core, one_thread: taken.append(core))
     monkeypatch.setattr(harness.os, "sched_getaffinity", lambda pid: {5, 3}, raising=False)
     for found, cores in (("/usr/bin/taskset", [3, 5, 3]), (None, [None] * 3)):  # None: no machine to pin anything on
         monkeypatch.setattr(harness.shutil, "which", lambda name, found=found: found)

@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic: data, scores and verdicts, on cases whose answer is known."""
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -329,6 +330,8 @@ def test_the_gate_of_a_trained_loop_learns_what_its_losses_still_do(tmp_path):
     asked, trajectory = [], model.trajectory
     model.trajectory = lambda row, end, loops: (asked.append(end), trajectory(row, end, loops))[1]
     adaptive_depth.trained_gate(task, model, 6, 20, 5, hardest=4)
+    with pytest.raises(SystemExit):
+        adaptive_depth.main(["--quick", "--task", "permutation", "--gate-difficulty", "0"])
     lengths = torch.cat(asked).flatten(1).argmax(1)
     assert len(asked) == 5 and lengths.max() == 4 and asked[0].shape[-1] == 33  # short words in long rows
 
@@ -440,11 +443,11 @@ def test_seeds_are_added_to_an_earlier_result_at_its_rates(tmp_path, monkeypatch
     def run(words: str, file: str) -> dict:
         trained.clear()
         out = ["--json", str(tmp_path / file), "--runs", str(tmp_path / file[0])]
-        parameter_efficiency.main(["--task", name, "--steps", "8", "--rates", "0.001", "1e30", *words.split(), *out])
+        parameter_efficiency.main(["--task", name, "--steps", "8", "--rates", "1e30", "0.001", *words.split(), *out])
         return json.loads((tmp_path / file).read_text(encoding="utf-8"))
 
     one = run("--seeds 1", "a.json")
-    assert len(trained) == 2 * 2 + 3 and one["task"] == name
+    assert len(trained) == 2 * 2 + 3 and one["task"] == name and one["options"]["rates"] == [1e30, 0.001]
     rates = {row["model"]: row["learning_rate"] for row in one["rows"]}
     assert set(rates.values()) == {0.001}, "what diverges is no candidate"
     two = run(f"--seeds 2 --more-of {tmp_path / 'a.json'}", "b.json")
@@ -454,11 +457,31 @@ def test_seeds_are_added_to_an_earlier_result_at_its_rates(tmp_path, monkeypatch
     assert len(trained) == 12 and {row["learning_rate"] for row in full["rows"]} == {0.001}
     more = run(f"--seeds 3 --more-of {tmp_path / 'd.json'}", "e.json")
     assert [recipe.seed for recipe in trained] == [2] * 3 and more["rows"][:6] == full["rows"]
-    for wrong in (one | {"task": "sandpile"}, one | {"quick": True}, one | {"rows": [{}]}, one | {"benchmark": "cost"}):
+    unsized = [{k: v for k, v in row.items() if k != "parameters"} for row in one["rows"]]
+    grown = [row | {"parameters": row["parameters"] + 1} for row in one["rows"]]
+    renamed = [row | {"model": "gone"} for row in one["rows"]]
+    rows = [{"rows": found} for found in ([], [{}], unsized, grown, renamed)]
+    wrongs = [one | x for x in ({"task": "sandpile"}, {"quick": True}, {"benchmark": "cost"}, *rows)]
+    for wrong, more in [(w, "") for w in wrongs] + [(one, "--steps 9"), (one, "--quick"), (one, "--rates-in-full")]:
         (tmp_path / "wrong.json").write_text(json.dumps(wrong), encoding="utf-8")
         with pytest.raises(SystemExit):
-            run(f"--seeds 2 --more-of {tmp_path / 'wrong.json'}", "c.json")
+            run(f"--seeds 2 --more-of {tmp_path / 'wrong.json'} {more}", "c.json")
     assert not (tmp_path / "c.json").exists()
+
+
+def test_a_rate_in_full_is_the_best_of_each_size_by_the_mean_of_its_seeds(tmp_path, monkeypatch):
+    found = {("small", 1.0): (0.3, 0.3), ("small", 2.0): (0.1, 0.4), ("large", 1.0): (0.3, 0.3)}  # validation, by seed
+    found |= {("large", 2.0): (0.2, 0.5), ("large", 4.0): (float("nan"), 0.1), ("small", 4.0): (0.9, 0.9)}
+    recipes = {"small": Recipe("looped", hidden=4), "large": Recipe("looped", hidden=8)}
+    names, trained = {4: "small", 8: "large"}, []
+    monkeypatch.setattr(lab, "train_all", lambda task, some, *rest: trained.extend(some))
+    monkeypatch.setattr(
+        lab, "learning_curve", lambda r, folder: [(1, 0.0), (2, found[names[r.hidden], r.learning_rate][r.seed])]
+    )
+    args = argparse.Namespace(rates=[1.0, 2.0, 4.0], jobs=1, device="cpu")
+    chosen = lab.choose_rates_in_full(Sandpile(), recipes, range(2), tmp_path, args)
+    assert {key: r.learning_rate for key, r in chosen.items()} == {"small": 2.0, "large": 1.0}
+    assert len(set(trained)) == 2 * 3 * 2
 
 
 def test_ways_to_train_a_loop_differ_in_that_alone(tmp_path):
@@ -553,8 +576,10 @@ def test_halved_loops_have_the_layers_of_whole_ones():
     plan = training_flops.variants(Permutation(), 10)
     fixed = training_flops.variants(Permutation(), 10, "looped, fixed depth")
     assert [r.fixed for r in fixed.values()] == [False, *[True] * 4] and fixed["stacked"] == plan["stacked"]
-    with pytest.raises(SystemExit):
-        training_flops.main(["--quick", "--loop", "stacked"])
+    timed = ["--task", "timewarp-cartpole-swingup", "--loop", "looped, linear, a loop a step"]  # not to be halved
+    for wrong in (["--loop", "stacked"], timed, ["--task", "sandpile", "--loop", "looped, certified in the sup norm"]):
+        with pytest.raises(SystemExit):
+            training_flops.main(["--quick", *wrong])
     half, whole = plan["two layers looped, half the loops"], plan["one layer looped"]
     assert half.loops * half.layers[1] == whole.loops * whole.layers[1]
     task = SmallSandpile()

@@ -470,8 +470,16 @@ def test_a_gate_reads_grids_and_tokens_wherever_their_places_are(block, shape):
 
 
 def test_gate_refuses_states_of_another_width():
-    for gate, shape, width in ((DropForecast(6), (2, 5), "5"), (DropForecast(6, places=(1,)), (2, 6, 3), "3")):
-        with pytest.raises(ValueError, match=f"states of width 6, got {width}"):
+    tokens, grid = DropForecast(6, places=(1,)), DropForecast(6, places=(2, 3))
+    wrong = [
+        (DropForecast(6), (2, 5)),
+        (DropForecast(6), (2, 2, 3)),
+        (tokens, (2, 6, 3)),
+        (tokens, (2, 6)),
+        (grid, (2, 6)),
+    ]
+    for gate, shape in wrong:
+        with pytest.raises(ValueError, match=f"states of width 6, got {'x'.join(map(str, shape[1:]))}"):
             gate(torch.zeros(shape), torch.ones(shape), 1)
 
 

@@ -56,11 +56,11 @@ class DropForecast(nn.Module):
 
     def _read(self, x: Tensor) -> list[Tensor]:
         """What the network sees of x (n, ...): all of a vector, else mean and largest size over the places, (n, D)."""
-        parts = [x.mean(self.places), x.abs().amax(self.places)] if self.places else [x.flatten(1)]
-        if parts[0].shape[1:] != (self.state_size,):
-            width = "x".join(map(str, parts[0].shape[1:]))
-            raise ValueError(f"the gate was made for states of width {self.state_size}, got {width}")
-        return parts
+        width = [size for i, size in enumerate(x.shape) if i not in (0, *self.places)]
+        if x.ndim != 2 + len(self.places) or width != [self.state_size]:
+            state = "x".join(map(str, x.shape[1:]))
+            raise ValueError(f"the gate was made for states of width {self.state_size}, got {state}")
+        return [x.mean(self.places), x.abs().amax(self.places)] if self.places else [x]
 
 
 def remaining_drop(losses: Tensor) -> Tensor:
