@@ -161,6 +161,10 @@ class Sandpile(GridTask):
     are as many as the loops a topple can travel at the least.
     """
 
+    ladder = LADDER | {
+        "looped, certified in the sup norm": ((16, 16),),
+        "stacked, of the same cells": ((16, 16),),
+    }
     name, unit, trained = "sandpile", "toppling rounds", 8
     bins = ((0, 0), (1, 3), (4, 8), (9, 16), (17, 99))
     sizes = (SIZE, 12)

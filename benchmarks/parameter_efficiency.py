@@ -95,7 +95,7 @@ def means(rows: list[dict], model: str, measure: str) -> list[tuple[float, float
 def draw(task: Task, rows: list[dict], path: Path) -> None:
     """Error against parameters: every seed a dot, the mean of each size joined along each model's front."""
     measures = list(rows[0]["error"])
-    figure, panels = plt.subplots(1, len(measures), figsize=(1.8 + 4.2 * len(measures), 3.8), dpi=130, squeeze=False)
+    figure, panels = plt.subplots(1, len(measures), figsize=(3.6 + 4.2 * len(measures), 3.8), dpi=130, squeeze=False)
     for axes, measure in zip(panels[0], measures, strict=True):
         for model, color in zip(task.ladder, COLORS, strict=False):
             mine = [(r["parameters"], max(r["error"][measure], FLOOR)) for r in rows if r["model"] == model]
@@ -105,7 +105,7 @@ def draw(task: Task, rows: list[dict], path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="parameters", title=f"{task.name}: {measure}")
         axes.grid(alpha=0.25)
     panels[0][0].set_ylabel(task.error_name)
-    panels[0][0].legend(fontsize=8, frameon=False)
+    panels[0][-1].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1.0))  # off the dots
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
