@@ -352,8 +352,9 @@ def save_for_ever(folder: Path) -> None:
 
 
 def test_kill_at_any_moment_of_writing(tmp_path):
-    draw, seen = random.Random(0), 0
-    for _ in range(25):
+    draw, seen, kills = random.Random(0), 0, 0
+    while kills < 25 or (seen <= 10 and kills < 250):  # on a loaded machine few get far enough to write
+        kills += 1
         process = get_context("fork").Process(target=save_for_ever, args=(tmp_path,))
         process.start()
         time.sleep(draw.uniform(0.01, 0.1))
