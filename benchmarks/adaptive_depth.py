@@ -182,10 +182,11 @@ def draw(task: Task, rows: list[dict], full: int, path: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     p = lab_parser(__doc__.splitlines()[0], WITH_DIFFICULTY[0], WITH_DIFFICULTY)
-    p.add_argument("--gate-difficulty", type=int, metavar="N", help="the hardest that the gate is shown (default: all)")
+    told = "the hardest that the gate is shown (default: all)"
+    p.add_argument("--gate-difficulty", type=int, default=LONGEST, metavar="N", help=told)
     args = p.parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task
-    if args.gate_difficulty is not None and args.gate_difficulty < task.bins[0][0]:
+    if args.gate_difficulty < task.bins[0][0]:
         p.error(f"--gate-difficulty {args.gate_difficulty}: at least {task.bins[0][0]} {task.unit}")
     seeds, each = (range(1), 50) if args.quick else (range(args.seeds), 400)
     recipe = prepared(task, {"looped": task.models["looped"]}, folder, args, quick_steps=400)["looped"]
@@ -197,8 +198,7 @@ def main(arguments: list[str]) -> None:
         model.dynamics.max_loops = full
         shared = {"seed": seed, "error_full": round(error_and_loops(task, model, data, full)[0], 5)}
         rows.append(shared | fixed_depth(task, model, check, data, full, repeats))
-        hardest = LONGEST if args.gate_difficulty is None else args.gate_difficulty
-        gate = trained_gate(task, model, full, 5 * each, 20 if args.quick else GATE_STEPS, hardest)
+        gate = trained_gate(task, model, full, 5 * each, 20 if args.quick else GATE_STEPS, args.gate_difficulty)
         for name, rule in rules(model, gate).items():
             rows.append(shared | measure(task, model, name, rule, check, data, full, repeats))
             print(rows[-1], flush=True)

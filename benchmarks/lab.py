@@ -366,19 +366,10 @@ def prepared(
     folder: Path,
     args: argparse.Namespace,
     quick_steps: int,
-    known_rates: dict[str, float] | None = None,
 ) -> dict[str, Recipe]:
-    """The recipes at the steps that ``tasks.lab_parser``'s options ask for, at their best rates unless ``--quick``.
-
-    ``known_rates``: the best ones of some, by name.
-    """
+    """The recipes at the steps that ``tasks.lab_parser``'s options ask for, at their best rates unless ``--quick``."""
     recipes = with_steps(recipes, args, quick_steps)
-    if args.quick:
-        return recipes
-    rates = {name: rate for name, rate in (known_rates or {}).items() if name in recipes}
-    known = {name: replace(recipes[name], learning_rate=rate) for name, rate in rates.items()}
-    unknown = {name: recipe for name, recipe in recipes.items() if name not in known}
-    return recipes | known | choose_rates(task, unknown, folder, args)
+    return recipes if args.quick else choose_rates(task, recipes, folder, args)
 
 
 def count(model: nn.Module) -> int:

@@ -209,10 +209,11 @@ def sizes(
 ) -> dict[tuple[str, int, int], Recipe]:
     """(model, hidden, loops) -> recipe of each size of the ladder, at the rate of an earlier result or its model's."""
     models = {name: task.models[name] for name in task.ladder}
-    if args.rates_in_full:
-        bases = with_steps(models, args, QUICK_STEPS)
-    else:
-        bases = prepared(task, models, folder, args, QUICK_STEPS, {name: r.learning_rate for name, r in earlier})
+    bases = with_steps(models, args, QUICK_STEPS)
+    known = {name: replace(bases[name], learning_rate=r.learning_rate) for name, r in earlier}
+    if not args.rates_in_full:
+        unknown = {name: recipe for name, recipe in models.items() if name not in known}
+        bases |= known | prepared(task, unknown, folder, args, QUICK_STEPS)
     found = {
         (name, hidden, loops): replace(bases[name], hidden=hidden, loops=loops)
         for name, some in task.ladder.items()

@@ -133,8 +133,7 @@ def main(arguments: list[str]) -> None:
     args = p.parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task
     # A timed loop cannot be halved, and one of more layers has no variant with fewer.
-    plain = {name for name, r in task.models.items() if r.looped and not r.timed and r.layers == (1, 1, 1)}
-    loops = [name for name in task.models if name in plain]
+    loops = [name for name, r in task.models.items() if r.looped and not r.timed and r.layers == (1, 1, 1)]
     if args.loop not in loops:
         p.error(f"--loop: one of {', '.join(map(repr, loops))}")
     seeds = range(1) if args.quick else range(args.seeds)
