@@ -29,10 +29,12 @@ MODELS = {
     "single_pass": Recipe("single_pass", steps=2000, hidden=64, loops=8),
     "deep_thin": Recipe("deep_thin", steps=2000, hidden=64, loops=8),
     "looped, linear": Recipe("looped", steps=2000, hidden=64, loops=8),
+    "looped, lipsdp": Recipe("looped", "lipsdp", steps=2000, hidden=64, loops=8),
 }
 LADDER = {
     "looped": ((32, 8), (64, 8), (128, 8)),
     "looped, linear": ((64, 8),),
+    "looped, lipsdp": ((32, 8), (64, 8), (128, 8)),
     "stacked": ((32, 4), (32, 8), (64, 4), (64, 8)),
     "wide": ((32, 8), (64, 8)),
     "single_pass": ((32, 8), (64, 8), (128, 8), (256, 8)),
@@ -43,8 +45,10 @@ LADDER = {
 STEPWISE = {
     "looped, a loop a step": replace(MODELS["looped"], timed=True),
     "looped, linear, a loop a step": replace(MODELS["looped, linear"], timed=True),
+    "looped, lipsdp, a loop a step": replace(MODELS["looped, lipsdp"], timed=True),
     "looped, fixed depth": replace(MODELS["looped"], fixed=True),
     "looped, linear, fixed depth": replace(MODELS["looped, linear"], fixed=True),
+    "looped, lipsdp, fixed depth": replace(MODELS["looped, lipsdp"], fixed=True),
 }
 SETTLED = 1e-3  # relative step at which a state counts as the fixed point
 CORRELATION = 0.8  # of a random action with the one before

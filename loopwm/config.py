@@ -37,7 +37,8 @@ Share = Annotated[float, Within(0, 1)]  # in [0, 1]
 Suite = Annotated[str, OneOf(("dmc", "gym"))]
 DynamicsName = Annotated[str, OneOf(("looped", "single_pass", "stacked", "wide", "deep_thin"))]
 DepthSampler = Annotated[str, OneOf(("fixed", "poisson", "lognormal_poisson", "uniform"))]
-LoopMode = Annotated[str, OneOf(("certified", "linear", "soft"))]
+LoopMode = Annotated[str, OneOf(("certified", "lipsdp", "linear", "soft"))]
+CERTIFIED = ("certified", "lipsdp")  # modes whose loop contracts
 LayerOrder = Annotated[str, OneOf(("abab", "aabb"))]
 Injection = Annotated[str, OneOf(("zoh", "euler", "additive"))]
 # not `gate`, which the agents train none of, nor `random`, a control with a random stream that no run would save
@@ -95,14 +96,14 @@ class DynamicsConfig(Section):
     max_loops: Count = 8  # most loops in one prediction, drawn in training or adaptive, loops
     min_loops: Count = 1  # fewest loops before a sample may stop when acting, loops
     depth_sampler: DepthSampler = "poisson"  # how training draws the depth
-    mode: LoopMode = "certified"  # certified: the loop contracts; linear: as published; soft: linear with a penalty
+    mode: LoopMode = "certified"  # certified, lipsdp: the loop contracts; linear: as published; soft: with a penalty
     gamma: Fraction = 0.95  # share of the contraction margin the certified block may use, in (0, 1)
     injection: Injection = "zoh"  # how the prelude enters each loop
     halting: Halting = "residual"  # rule by which a sample stops where no depth is asked for, as with plan_loops=0
     halt_tolerance: Positive = 0.01  # its one number; certified: a distance, prediction: a reward, else relative
     patience: Count = 1  # loops in a row for which the rule must hold, loops
     solver: Solver = "plain"  # what enters the next loop where no depth is asked for
-    gradient: Gradient = "unrolled"  # back through every loop, or implicit: of the fixed point (certified mode only)
+    gradient: Gradient = "unrolled"  # back through every loop, or implicit: of the fixed point (certified modes only)
 
     def check(self) -> None:
         """min_loops and mean_loops lie within max_loops."""
@@ -115,8 +116,8 @@ class DynamicsConfig(Section):
                 f"dynamics.min_loops={self.min_loops}: must be at most dynamics.mean_loops={self.mean_loops}"
             )
         for name, value in (("halting", "certified"), ("gradient", "implicit")):
-            if getattr(self, name) == value and (self.name != "looped" or self.mode != "certified"):
-                needed = "dynamics=looped" if self.name != "looped" else "dynamics.mode=certified"
+            if getattr(self, name) == value and (self.name != "looped" or self.mode not in CERTIFIED):
+                needed = "dynamics=looped" if self.name != "looped" else f"dynamics.mode={' or '.join(CERTIFIED)}"
                 raise ConfigError(f"dynamics.{name}={value}: needs {needed}")
         if self.gradient == "implicit" and self.order == "aabb":
             raise ConfigError("dynamics.order=aabb: dynamics.gradient=implicit needs dynamics.order=abab")

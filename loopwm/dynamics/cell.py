@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from loopwm.dynamics.base import Coda, Prelude, make_start
+from loopwm.dynamics.lipsdp import MULTIPLIER_INIT, SLOPES, joint_factor, joint_scale
 from loopwm.dynamics.spectral import UnitSpectralNorm
 
 
@@ -37,11 +38,18 @@ class Loop(Protocol):
 class Mode(NamedTuple):
     """What keeps the block stable."""
 
-    constrained: bool = False  # its weights have norms of at most one, and it is scaled to leave the linear path room
+    certified: bool = False  # one loop contracts by construction
+    jointly: bool = False  # by one inequality for block and linear path (``lipsdp``), not by a norm for each weight
     penalised: bool = False  # training is offered a penalty on its Jacobian
 
 
-MODES: dict[str, Mode] = {"certified": Mode(constrained=True), "linear": Mode(), "soft": Mode(penalised=True)}
+MODES: dict[str, Mode] = {
+    "certified": Mode(certified=True),
+    "lipsdp": Mode(certified=True, jointly=True),
+    "linear": Mode(),
+    "soft": Mode(penalised=True),
+}
+CERTIFIED = tuple(name for name, mode in MODES.items() if mode.certified)
 INJECTIONS = ("zoh", "euler", "additive")
 # Lipschitz constants of the activations; SiLU's exceeds one (max of its derivative, at x = 2.3994).
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
@@ -59,24 +67,28 @@ class Cell(nn.Module):
 
     A cell's block is Rbar(h, e) = g R(h, e). In mode ``certified`` the Lipschitz constant of R is at most that of its
     activation and g = gamma (1 - max Abar) / Lip(s), so one loop contracts by
-    rho <= max Abar + gamma (1 - max Abar) < 1. In mode ``linear`` (as published in 2606.18208) only the linear path is
-    bounded: g = 1 and the weights are free. Mode ``soft`` is the same cell, and predictions offer a penalty on the
-    Jacobian (``DynamicsOutput.jacobian_penalty``) for the loss to weigh.
+    rho <= max Abar + gamma (1 - max Abar) < 1. Mode ``lipsdp`` promises the same factor by one inequality for the
+    whole loop (see ``lipsdp``), which leaves the block more room: g = 1, and W1 and W2 shrink together where they must.
+    In mode ``linear`` (as published in 2606.18208) only the linear path is bounded: g = 1 and the weights are free.
+    Mode ``soft`` is the same cell, and predictions offer a penalty on the Jacobian
+    (``DynamicsOutput.jacobian_penalty``) for the loss to weigh.
 
     Args:
         hidden_dim: D, width of h. block_dim: inner width of the block. gamma: in (0, 1), share of the head-room that
         the block may use. injection: ``zoh`` Bbar = (1 - Abar) / -A * B, ``euler`` dt * B, ``additive`` 1.
 
     Raises:
-        ValueError: unknown mode, injection or activation, or gamma outside (0, 1).
+        ValueError: unknown mode, injection or activation, a mode that the block does not have, or gamma outside (0, 1).
     """
 
     prelude: ClassVar[Callable] = Prelude
     start: ClassVar[Callable] = make_start
     coda: ClassVar[Callable] = Coda
+    name: ClassVar[str]  # in ``BLOCKS``
     flops: ClassVar[tuple[int, int]]  # of a loop and of the injection, paid once per prediction, in like units
     norm_order: ClassVar[float] = 2.0  # of the norm of h in which ``lipschitz_bound`` speaks
     places: ClassVar[tuple[int, ...]] = ()  # dimensions of h (B, ...) over which a state is laid out
+    lacks: ClassVar[dict[str, str]] = {"lipsdp": "which is for block 'mlp'"}  # modes that it does not have, and why
 
     @staticmethod
     def width_multiple(hidden_dim: int) -> int:
@@ -96,6 +108,9 @@ class Cell(nn.Module):
         for value, known, what in ((mode, MODES, "mode"), (injection, INJECTIONS, "injection")):
             if value not in known:
                 raise ValueError(f"unknown {what} {value!r}; choose from {', '.join(known)}")
+        if mode in self.lacks:
+            names = ", ".join(name for name in MODES if name not in self.lacks)
+            raise ValueError(f"block {self.name!r} has no mode {mode!r}, {self.lacks[mode]}; choose from {names}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; choose from {', '.join(ACTIVATIONS)}")
         if not 0.0 < gamma < 1.0:
@@ -118,7 +133,7 @@ class Cell(nn.Module):
 
     def block_scale(self, decay: Tensor) -> Tensor | float:
         """g, the factor on the block that leaves the certificate its room."""
-        if not MODES[self.mode].constrained:
+        if not MODES[self.mode].certified:
             return 1.0
         return self.gamma * (1.0 - decay.max()) / self.activation_lipschitz
 
@@ -163,7 +178,7 @@ class Cell(nn.Module):
     def lipschitz_bound(self) -> float:
         """Upper bound on |dh'/dh|, by exact singular values in float64.
 
-        Of the weights that a loop multiplies by, as they are rounded to their dtype. In mode ``certified`` it is below
+        Of the weights that a loop multiplies by, as they are rounded to their dtype. In a certified mode it is below
         one at every moment of training, as long as 1 - gamma is far above that dtype's rounding; in the others it is
         as true, and may be any number. Infinite once a weight is no finite number.
         """
@@ -180,9 +195,15 @@ class Cell(nn.Module):
 class LoopCell(Cell):
     """One loop on a state h (B, D) with injected input e (B, D): R(h, e) = W2 s(W1 h + U e + b).
 
-    In mode ``certified`` the spectral norms of W1 and W2 are at most one. The rest: see ``Cell``.
+    In mode ``certified`` the spectral norms of W1 and W2 are at most one. Mode ``lipsdp`` learns ``block_dim``
+    multipliers more, and needs an activation whose slopes lie in [0, 1]. The rest: see ``Cell``.
+
+    Raises:
+        ValueError: mode ``lipsdp`` with another activation than those in ``SLOPES``.
     """
 
+    name = "mlp"
+    lacks: ClassVar[dict[str, str]] = {}
     flops = (2, 1)  # W1 and W2; U
 
     def __init__(self, hidden_dim: int, block_dim: int, *args, **kwargs):
@@ -191,14 +212,22 @@ class LoopCell(Cell):
         self.inject = nn.Linear(hidden_dim, block_dim)  # U, b: free, they do not touch dh'/dh
         self.write = nn.Linear(block_dim, hidden_dim, bias=False)  # W2
         nn.init.zeros_(self.write.weight)
-        if MODES[self.mode].constrained:
+        if MODES[self.mode].jointly:
+            if self.activation not in [ACTIVATIONS[name][0] for name in SLOPES]:
+                raise ValueError(f"mode {self.mode!r} needs an activation of slopes in [0, 1]: {', '.join(SLOPES)}")
+            self.log_multipliers = nn.Parameter(torch.full((block_dim,), MULTIPLIER_INIT))
+        elif MODES[self.mode].certified:
             parametrize.register_parametrization(self.read, "weight", UnitSpectralNorm())
             parametrize.register_parametrization(self.write, "weight", UnitSpectralNorm(), unsafe=True)
 
     def fold(self) -> FoldedWeights:
-        decay = self.decay()
-        write = self.write.weight * self.block_scale(decay)
-        return decay, self.input_scale(decay), self.read.weight.t(), write.t()
+        decay, read, write = self.decay(), self.read.weight, self.write.weight
+        if MODES[self.mode].jointly:
+            scale = joint_scale(read, write, decay, self.log_multipliers, self.gamma)
+            read, write = read * scale, write * scale
+        else:
+            write = write * self.block_scale(decay)
+        return decay, self.input_scale(decay), read.t(), write.t()
 
     def prepare(self, e: Tensor) -> PreparedLoop:
         decay, input_scale, read, write = self._folded or self.fold()
@@ -207,6 +236,14 @@ class LoopCell(Cell):
 
     def norms(self, folded: FoldedWeights) -> list[Tensor]:
         return [torch.linalg.matrix_norm(matrix.double(), 2) for matrix in folded[2:]]
+
+    def factor(self, folded: FoldedWeights) -> float:
+        """Of the inequality that the weights were made to fulfil, where there is one; else of their norms."""
+        found = None
+        if MODES[self.mode].jointly:
+            decay, _, read, write = folded
+            found = joint_factor(read.t(), write.t(), decay, self.log_multipliers)
+        return super().factor(folded) if found is None else found
 
 
 class PreparedLoop:

@@ -151,7 +151,8 @@ class DeepThinDynamics(StackedDynamics):
 
 def parameter_count(parts: Architecture, widths: list[int]) -> int:
     """Parameters of prelude, start, coda and cells of these inner widths, without the encoder's norm."""
-    parts = replace(parts, latent_norm=None, mode="linear")  # no mode has parameters of its own
+    # A norm cannot be taken on the meta device, and has no parameters.
+    parts = replace(parts, latent_norm=None, mode="linear" if parts.mode == "certified" else parts.mode)
     with torch.device("meta"):
         ends = (parts.make_prelude(), parts.make_start(), parts.make_coda())
         sizes = {width: _count(parts.make_cell(width)) for width in set(widths)}

@@ -58,6 +58,7 @@ class ConvCell(Cell):
     which the allowance for rounding in ``distance_to_fixed_point`` does not cover.
     """
 
+    name = "conv"
     prelude, coda = GridPrelude, GridCoda
     places = (2, 3)
     flops = (10, 1)  # nine neighbours and W2; U
@@ -72,7 +73,7 @@ class ConvCell(Cell):
         self.inject = GridLinear(hidden_dim, block_dim)  # U, b: free, they do not touch dh'/dh
         self.write = nn.Linear(block_dim, hidden_dim, bias=False)  # W2
         nn.init.zeros_(self.write.weight)
-        if MODES[self.mode].constrained:
+        if MODES[self.mode].certified:
             parametrize.register_parametrization(self.read, "weight", UnitConvolutionNorm())
             parametrize.register_parametrization(self.write, "weight", UnitSpectralNorm(), unsafe=True)
 

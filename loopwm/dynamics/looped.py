@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loopwm.dynamics.adaptive import LoopResult, loop_adaptive
 from loopwm.dynamics.architecture import Architecture
 from loopwm.dynamics.base import Depth, DynamicsOutput, banach_distance, first_state, relative_step, sample_norm
-from loopwm.dynamics.cell import MODES, Cell, Loop
+from loopwm.dynamics.cell import CERTIFIED, MODES, Cell, Loop
 from loopwm.dynamics.depth import DepthSchedule, check_sampler, sample_depths
 from loopwm.dynamics.gradients import GRADIENTS
 from loopwm.dynamics.halting import HaltingRule, make_halting
@@ -45,7 +45,7 @@ class LoopedDynamics(nn.Module):
     Raises:
         TypeError: an unknown field.
         ValueError: unless 1 <= min_loops <= mean_loops <= max_loops; unknown names; halting ``certified`` or gradient
-        ``implicit`` in another mode than ``certified``.
+        ``implicit`` in a mode that is not certified.
     """
 
     def __init__(
@@ -229,8 +229,8 @@ class LoopedDynamics(nn.Module):
 
     def require_certificate(self, what: str) -> None:
         """Raises ValueError unless the cell contracts by construction."""
-        if self.cell.mode != "certified":
-            raise ValueError(f"{what} needs mode 'certified', got mode {self.cell.mode!r}")
+        if self.cell.mode not in CERTIFIED:
+            raise ValueError(f"{what} needs mode {' or '.join(map(repr, CERTIFIED))}, got mode {self.cell.mode!r}")
 
     def distance_to_fixed_point(self, h: Tensor, step: Tensor) -> Tensor:
         """Certified bound (B,) on ||h - h*||, given h (B, ...) and the step (B, ...) that led to it (Banach).

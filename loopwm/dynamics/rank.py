@@ -75,6 +75,7 @@ class RankCell(Cell):
         ValueError: a block_dim that is no multiple of hidden_dim.
     """
 
+    name = "rank"
     prelude, start, coda = GridPrelude, ZeroStart, GridCoda
     places = (2, 3)
     norm_order = math.inf
@@ -97,12 +98,12 @@ class RankCell(Cell):
             self.read.weight.normal_(0.0, (1.0 - START_WEIGHT) / self.read.in_features)
             chosen = torch.randint(self.read.in_features, (block_dim, 1))
             self.read.weight.scatter_add_(1, chosen, torch.full((block_dim, 1), START_WEIGHT))
-        if MODES[self.mode].constrained:
+        if MODES[self.mode].certified:
             parametrize.register_parametrization(self.read, "weight", UnitRowSum())
 
     def block_scale(self, decay: Tensor) -> Tensor:
         """(D,): in the sup norm every entry has a head-room of its own."""
-        return self.gamma * (1.0 - decay) if MODES[self.mode].constrained else torch.ones_like(decay)
+        return self.gamma * (1.0 - decay) if MODES[self.mode].certified else torch.ones_like(decay)
 
     def fold(self) -> tuple[Tensor, Tensor | float, Tensor, Tensor]:
         decay = self.decay()

@@ -18,7 +18,7 @@ ROUNDING_MARGIN = 1e-4  # float32 rounding of six squarings, measured below 1e-5
 def check_precision(weight: Tensor) -> None:
     """Raises TypeError in 16 bits, where no bound on a norm survives rounding."""
     if weight.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"mode 'certified' needs weights in float32 or float64, got {weight.dtype}")
+        raise TypeError(f"a certified mode needs weights in float32 or float64, got {weight.dtype}")
 
 
 def _gram_power(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,6 +50,37 @@ def spectral_norm_bound(weight: Tensor) -> Tensor:
     return _gram_power(weight.detach())[0]
 
 
+def _leading_pair(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Leading singular vectors u (m,), v (n,) of weight (m, n), up to one sign."""
+    # A column of G_k ~ v v^T is the leading right singular vector of the short form, up to its sign.
+    v = gram[:, gram.diagonal().argmax()]
+    v = v / torch.linalg.vector_norm(v)
+    tall = weight.shape[0] >= weight.shape[1]
+    u = (weight if tall else weight.t()) @ v
+    u = u / torch.linalg.vector_norm(u)
+    return (u, v) if tall else (v, u)
+
+
+class _NormBound(torch.autograd.Function):
+    """``spectral_norm_bound`` with the gradient of the leading singular value, u v^T."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor) -> Tensor:
+        bound, gram = _gram_power(weight)
+        ctx.save_for_backward(*_leading_pair(weight, gram))
+        return bound
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad * torch.outer(*ctx.saved_tensors)
+
+
+def differentiable_norm_bound(weight: Tensor) -> Tensor:
+    """``spectral_norm_bound`` of ``weight`` (m, n) with a gradient; raises what that does."""
+    check_precision(weight)
+    return _NormBound.apply(weight)
+
+
 class _ProjectToBall(torch.autograd.Function):
     """weight / max(1, bound(weight)), with the bound's gradient through its leading singular pair."""
 
@@ -60,14 +91,8 @@ class _ProjectToBall(torch.autograd.Function):
             ctx.inside = True
             return weight.clone()
         ctx.inside = False
-        # A column of G_k ~ v v^T is the leading right singular vector of the short form, up to its sign.
-        v = gram[:, gram.diagonal().argmax()]
-        v = v / torch.linalg.vector_norm(v)
-        tall = weight.shape[0] >= weight.shape[1]
-        u = (weight if tall else weight.t()) @ v
-        u = u / torch.linalg.vector_norm(u)
         scaled = weight / bound
-        ctx.save_for_backward(scaled, bound, u if tall else v, v if tall else u)
+        ctx.save_for_backward(scaled, bound, *_leading_pair(weight, gram))
         return scaled
 
     @staticmethod

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from loopwm.dynamics.base import Prelude
-from loopwm.dynamics.cell import MODES, Cell
+from loopwm.dynamics.cell import CERTIFIED, Cell
 
 HEADS = 4
 
@@ -28,15 +29,17 @@ class TransformerCell(Cell):
     m is the softmax dot-product self-attention of norm(h + e), with 4 heads that are W = ``block_dim`` wide together.
     Which token is which must be in z: nothing here knows.
 
-    There is no mode ``certified``: dot-product attention has no Lipschitz constant (Kim et al. 2021, 2006.04710,
+    There is no certified mode: dot-product attention has no Lipschitz constant (Kim et al. 2021, 2006.04710,
     theorem 3.1), nor has a norm near zero, so ``lipschitz_bound()`` is infinite. The rest: see ``Cell``.
 
     Raises:
-        ValueError: mode ``certified``, or a block_dim that 4 does not divide.
+        ValueError: a certified mode, or a block_dim that 4 does not divide.
     """
 
+    name = "transformer"
     prelude = TokenPrelude
     places = (1,)
+    lacks: ClassVar[dict[str, str]] = dict.fromkeys(CERTIFIED, "since dot-product attention has no Lipschitz constant")
     flops = (6, 1)  # queries, keys, values, their join, W1 and W2; U. Scores add G / 3 D to the six: little, if G < D
 
     @staticmethod
@@ -45,12 +48,6 @@ class TransformerCell(Cell):
 
     def __init__(self, hidden_dim: int, block_dim: int, *args, **kwargs):
         super().__init__(hidden_dim, block_dim, *args, **kwargs)
-        if MODES[self.mode].constrained:
-            free = ", ".join(name for name, mode in MODES.items() if not mode.constrained)
-            raise ValueError(
-                f"block 'transformer' has no mode {self.mode!r}, since dot-product attention has no Lipschitz "
-                f"constant; choose from {free}"
-            )
         if block_dim % HEADS:
             raise ValueError(f"block 'transformer' needs a block_dim that {HEADS} divides, got {block_dim}")
         self.norm_attention, self.norm_mlp = nn.LayerNorm(hidden_dim), nn.LayerNorm(hidden_dim)

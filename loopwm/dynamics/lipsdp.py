@@ -1,0 +1,75 @@
+"""One inequality for the whole loop: how far a block's weights must shrink, together, for the loop to contract.
+
+A norm for each of W1 and W2 and the largest Abar, added up, counts three worst cases that never meet: it takes the
+linear path for pulling where the block pushes, and every unit for open. What one loop h' = Abar h + W2 s(W1 h + c)
+does to a difference of two states is bounded by one matrix inequality instead. With slopes of s in [0, 1], one positive
+multiplier for each unit (diagonal L), C = (L / 2)^(1/2) W1 and B = (2 L)^(-1/2) W2^T, the loop contracts by rho if
+
+    [C, -B]^T [C, -B]  <=  K = [[rho^2, Abar], [Abar, 1]]
+
+(LipSDP with diagonal multipliers: Fazlyab et al. 2019, 1906.04893, theorem 2, with a linear path beside the layer; the
+Schur complement of their matrix. The same with an equality, and no linear path, is the sandwich layer of Wang and
+Manchester 2023, 2301.11526.) K is block-diagonal, 2 x 2 for each entry of h, so its root is known in closed form, and
+the inequality says that the spectral norm of [C, -B] K^(-1/2) is at most one: one norm of one matrix, for which there
+is a bound from above (``spectral``). Dividing W1 and W2 by it makes any weights contract. The multipliers are learnt.
+
+How much room that is: a block that pulls back, W2 = -W1^T, may have W2 W1 = -(1 + Abar), where norms stop at 1 - Abar.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loopwm.dynamics.spectral import differentiable_norm_bound
+
+SLOPES = ("relu", "tanh")  # activations whose slopes lie in [0, 1], as the inequality needs
+MARGIN = (
+    1e-3  # by which the norm stays below one: room for rounding, of which K^(-1/2) makes up to a hundred times more
+)
+MULTIPLIER_INIT = -1.0  # of log L, all alike: of exp(0), exp(-1) and exp(-2) the best, by little, on one world
+EIGENVALUE_ERROR = 1e-10  # relative, in float64: the inverse below has a condition of at most 1 / MARGIN
+
+
+def halves(read: Tensor, write: Tensor, log_multipliers: Tensor) -> tuple[Tensor, Tensor]:
+    """C and B, (W, D) each, of W1 = read (W, D), W2 = write (D, W) and log L (W,)."""
+    root = torch.exp(0.5 * log_multipliers).unsqueeze(1) / 2**0.5
+    return read * root, write.t() / (2.0 * root)
+
+
+def inverse_root(decay: Tensor, rho: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries (D,) of the symmetric K^(-1/2): first, mixed and last; decay (D,) below rho ()."""
+    # Of a 2 x 2 matrix M, root(M) = (M + d) / (tr M + 2 d)^(1/2) with d = (det M)^(1/2).
+    det = (rho - decay) * (rho + decay)
+    first, mixed, last, d = 1.0 / det, -decay / det, rho * rho / det, det.rsqrt()
+    size = (first + last + 2.0 * d).sqrt()
+    return (first + d) / size, mixed / size, (last + d) / size
+
+
+def joint_scale(read: Tensor, write: Tensor, decay: Tensor, log_multipliers: Tensor, gamma: float) -> Tensor:
+    """() factor of at most one on W1 (W, D) and on W2 (D, W), by which one loop contracts by at most
+
+    rho = max Abar + gamma (1 - max Abar): the factor that mode ``certified`` promises.
+
+    Raises:
+        TypeError: in 16 bits.
+    """
+    slow = decay.double()  # differences of numbers next to one
+    rho = slow.max() + gamma * (1.0 - slow.max())
+    first, mixed, last = (entry.to(read.dtype) for entry in inverse_root(slow, rho))
+    c, b = halves(read, write, log_multipliers)
+    norm = differentiable_norm_bound(torch.cat([c * first - b * mixed, c * mixed - b * last], 1))  # of (W, 2 D)
+    return (1.0 - MARGIN) / norm.clamp_min(1.0 - MARGIN)
+
+
+def joint_factor(read: Tensor, write: Tensor, decay: Tensor, log_multipliers: Tensor) -> float | None:
+    """The smallest rho for which the inequality holds, in float64; None where these multipliers give none."""
+    read, write, decay = read.double(), write.double(), decay.double()
+    c, b = halves(read, write, log_multipliers.double())
+    lower, broken = torch.linalg.cholesky_ex(torch.eye(len(decay), dtype=b.dtype, device=b.device) - b.t() @ b)
+    if broken:
+        return None
+    mixed = torch.diag(decay) + b.t() @ c  # Schur: rho^2 >= C^T C + (Abar + C^T B) (1 - B^T B)^-1 (Abar + B^T C)
+    solved = torch.linalg.solve_triangular(lower, mixed, upper=False)
+    largest = torch.linalg.eigvalsh(c.t() @ c + solved.t() @ solved)[-1]
+    return float(largest.clamp_min(0.0).sqrt()) * (1.0 + EIGENVALUE_ERROR)
