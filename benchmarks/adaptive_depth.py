@@ -30,6 +30,7 @@ from benchmarks.harness import interval, report
 from benchmarks.lab import TEST, TRAINING, VALIDATION, Examples, Task, groups, load, predict_errors, prepared, train_all
 from benchmarks.tasks import TASKS, WITH_DIFFICULTY, lab_parser
 from loopwm.dynamics import (
+    MODES,
     CertifiedHalting,
     GateHalting,
     HaltingRule,
@@ -88,7 +89,7 @@ def rules(model: nn.Module, gate: GateHalting) -> dict[str, Callable[[float], Ha
         gate.threshold = threshold
         return gate
 
-    certified = {"certified distance": CertifiedHalting} if model.dynamics.cell.mode == "certified" else {}
+    certified = {"certified distance": CertifiedHalting} if MODES[model.dynamics.cell.mode].certified else {}
     return {
         "residual": ResidualHalting,
         "residual, patience 2": lambda tolerance: PatientHalting(ResidualHalting(tolerance), 2),

@@ -97,10 +97,11 @@ def state_radius(dynamics: LoopedDynamics) -> float:
         return math.inf
     decay = cell.decay().double()
     e = math.sqrt(dynamics.state_dim) * float(norm.weight.abs().max()) + float(norm.bias.norm())
-    inject, write = (torch.linalg.matrix_norm(m.weight.double(), 2) for m in (cell.inject, cell.write))
+    write = cell.fold()[-1]  # as a loop multiplies by it, the block's scale in it
+    inject, write = (torch.linalg.matrix_norm(weight.double(), 2) for weight in (cell.inject.weight, write))
     inner = cell.activation_lipschitz * (float(inject) * e + float(cell.inject.bias.norm()))
     gain = torch.as_tensor(cell.input_scale(decay)).abs().max()
-    return (float(gain) * e + float(cell.block_scale(decay)) * float(write) * inner) / (1.0 - rho)
+    return (float(gain) * e + float(write) * inner) / (1.0 - rho)
 
 
 # ---- many steps ----------------------------------------------------------------------------------

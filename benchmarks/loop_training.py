@@ -43,7 +43,7 @@ def ways(task: Task, mode: str = "certified") -> dict[str, Recipe]:
         found["fixed_mean"] = replace(base, fixed=True, loops=base.loops * 3 // 4)
         found["around"] = replace(base, quarters=(2, 6))
         found["widely_around"] = replace(base, quarters=(1, 7))
-    if mode == "certified":
+    if MODES[mode].certified:
         found["implicit"] = replace(base, gradient="implicit")
         found["implicit_anderson"] = replace(base, gradient="implicit", solver="anderson")
     return found | ({"warm_start": replace(base, warm=True)} if isinstance(task, Control) else {})

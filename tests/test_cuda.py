@@ -15,7 +15,7 @@ from agents import load_agent, make_agent
 from agents.planner import PlannerAgent
 from benchmarks.grid_tasks import Sandpile
 from benchmarks.lab import Recipe, load, predict_errors, train
-from loopwm.dynamics import DYNAMICS, GRADIENTS, HALTING, SOLVERS, LoopedDynamics
+from loopwm.dynamics import BLOCKS, DYNAMICS, GRADIENTS, HALTING, SOLVERS, LoopedDynamics
 from loopwm.dynamics.cell import MODES
 
 DEVICE = "cuda"
@@ -47,9 +47,7 @@ def agree(dynamics: nn.Module, latent: tuple[int, ...], depth) -> None:
 
 
 @pytest.mark.parametrize("depth", [3, torch.tensor([1, 4, 2, 2, 5, 1]), None], ids=["int", "mixed", "adaptive"])
-@pytest.mark.parametrize(
-    "block, mode", [(b, m) for b in LATENTS for m in MODES if (b, m) != ("transformer", "certified")]
-)
+@pytest.mark.parametrize("block, mode", [(b, m) for b in LATENTS for m in MODES if m not in BLOCKS[b].lacks])
 def test_every_block_and_mode(block, mode, depth):
     torch.manual_seed(0)
     agree(LoopedDynamics(8, A, D, block=block, block_dim=8, mode=mode), LATENTS[block], depth)

@@ -30,7 +30,7 @@ from loopwm.dynamics import (
 )
 from loopwm.dynamics.adaptive import LoopResult, loop_adaptive
 from loopwm.dynamics.base import relative_step, sample_norm
-from loopwm.dynamics.cell import LoopCell
+from loopwm.dynamics.cell import CERTIFIED, LoopCell
 from loopwm.dynamics.depth import DepthSchedule, earlier_loops, sample_depths
 from loopwm.dynamics.gradients import adjoint_iterations, solve_adjoint
 from loopwm.dynamics.halting.gate import remaining_drop
@@ -722,8 +722,10 @@ def test_gradients_pass_through_anderson():
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 @pytest.mark.parametrize("depth", [None, 900, torch.tensor([900, 700, 800, 900, 650])], ids=str)
-def test_implicit_gradient_equals_the_unrolled_one(depth, activation, solver):
-    kw = {"scale": 0.7, "gamma": 0.8, "activation": activation, "max_loops": 900, "halting": CertifiedHalting(1e-13)}
+@pytest.mark.parametrize("mode", CERTIFIED)
+def test_implicit_gradient_equals_the_unrolled_one(mode, depth, activation, solver):
+    kw = {"mode": mode, "scale": 0.7, "gamma": 0.8, "activation": activation, "max_loops": 900}
+    kw["halting"] = CertifiedHalting(1e-13)
     results = []
     for name in GRADIENTS:
         dynamics = looped(gradient=name, solver=solver, **kw)
