@@ -6,11 +6,13 @@ import inspect
 import io
 import tokenize
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from loopwm import config as config_module
+from loopwm import dynamics
 from loopwm.config import (
     Config,
     ConfigError,
@@ -307,6 +309,22 @@ def test_a_group_chosen_by_its_name_is_the_group():
         one, other = load_config([f"dynamics={control}"]), load_config([f"dynamics.name={control}"])
         assert one == other and one.dynamics.mode == "linear"
     assert load_config(["dynamics.name=wide", "dynamics.mode=certified"]).dynamics.mode == "certified"
+
+
+def test_the_words_of_the_loop_are_its_registries():
+    """Settings may not import torch, so these are spelt out twice."""
+    offered = {
+        config_module.LoopMode: dynamics.MODES,
+        config_module.DynamicsName: dynamics.DYNAMICS,
+        config_module.DepthSampler: dynamics.DEPTH_SAMPLERS,
+        config_module.LayerOrder: dynamics.ORDERS,
+        config_module.Solver: dynamics.SOLVERS,
+        config_module.Gradient: dynamics.GRADIENTS,
+    }
+    for setting, registry in offered.items():
+        assert set(get_args(setting)[1].words) == set(registry)
+    assert {name for name, mode in dynamics.MODES.items() if mode.certified} == set(config_module.CERTIFIED)
+    assert load_config(["dynamics.mode=lipsdp", "dynamics.halting=certified"]).dynamics.mode == "lipsdp"
 
 
 def test_flatten_gives_scalars_by_dotted_keys() -> None:

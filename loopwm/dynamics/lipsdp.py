@@ -7,11 +7,12 @@ multiplier for each unit (diagonal L), C = (L / 2)^(1/2) W1 and B = (2 L)^(-1/2)
 
     [C, -B]^T [C, -B]  <=  K = [[rho^2, Abar], [Abar, 1]]
 
-(LipSDP with diagonal multipliers: Fazlyab et al. 2019, 1906.04893, theorem 2, with a linear path beside the layer; the
-Schur complement of their matrix. The same with an equality, and no linear path, is the sandwich layer of Wang and
-Manchester 2023, 2301.11526.) K is block-diagonal, 2 x 2 for each entry of h, so its root is known in closed form, and
-the inequality says that the spectral norm of [C, -B] K^(-1/2) is at most one: one norm of one matrix, for which there
-is a bound from above (``spectral``). Dividing W1 and W2 by it makes any weights contract. The multipliers are learnt.
+(LipSDP-Neuron for one layer, with a linear path beside it: Fazlyab et al. 2019, 1906.04893; the Schur complement of
+their matrix. Without the linear path, and with an equality, it is the sandwich layer of Wang and Manchester 2023,
+2301.11526; residual layers made by it: Araujo et al. 2023, 2303.03169.) K is block-diagonal, 2 x 2 for each entry of
+h, so its root is known in closed form, and the inequality says that the spectral norm of [C, -B] K^(-1/2) is at most
+one: one norm of one matrix, for which there is a bound from above (``spectral``). Dividing W1 and W2 by it makes any
+weights contract. The multipliers are learnt.
 
 How much room that is: a block that pulls back, W2 = -W1^T, may have W2 W1 = -(1 + Abar), where norms stop at 1 - Abar.
 """
@@ -24,10 +25,8 @@ from torch import Tensor
 from loopwm.dynamics.spectral import differentiable_norm_bound
 
 SLOPES = ("relu", "tanh")  # activations whose slopes lie in [0, 1], as the inequality needs
-MARGIN = (
-    1e-3  # by which the norm stays below one: room for rounding, of which K^(-1/2) makes up to a hundred times more
-)
-MULTIPLIER_INIT = -1.0  # of log L, all alike: of exp(0), exp(-1) and exp(-2) the best, by little, on one world
+MARGIN = 1e-3  # the norm stays below one by so much: room for rounding, which K^(-1/2) makes a hundred times larger
+MULTIPLIER_INIT = -1.0  # of log L, all alike; of 0, -1 and -2 the best, by little, on TimeWarp (one seed)
 EIGENVALUE_ERROR = 1e-10  # relative, in float64: the inverse below has a condition of at most 1 / MARGIN
 
 
