@@ -53,6 +53,7 @@ class Recipe:
     fixed: bool = False  # whether every batch goes through ``loops`` loops, not a random number
     warm: bool = False  # whether each step of several starts from the loop state of the one before
     quarters: tuple[int, int] = (1, 5)  # fewest and most loops of a random number, in quarters of ``loops``
+    skip: bool = False  # whether the block has a linear layer beside its own
 
     @property
     def name(self) -> str:

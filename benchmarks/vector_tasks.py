@@ -50,6 +50,14 @@ STEPWISE = {
     "looped, linear, fixed depth": replace(MODELS["looped, linear"], fixed=True),
     "looped, lipsdp, fixed depth": replace(MODELS["looped, lipsdp"], fixed=True),
 }
+# Blocks with a linear layer beside their own, and the controls of the same cells.
+SKIPPING = {
+    "looped, lipsdp, skip": replace(MODELS["looped, lipsdp"], skip=True),
+    "looped, lipsdp, skip, fixed depth": replace(MODELS["looped, lipsdp"], skip=True, fixed=True),
+    "looped, lipsdp, skip, a loop a step": replace(MODELS["looped, lipsdp"], skip=True, timed=True),
+    "looped, linear, skip, fixed depth": replace(MODELS["looped, linear"], skip=True, fixed=True),
+    "stacked, skip": replace(MODELS["stacked"], skip=True),
+}
 SETTLED = 1e-3  # relative step at which a state counts as the fixed point
 CORRELATION = 0.8  # of a random action with the one before
 
@@ -74,6 +82,7 @@ class VectorModel(nn.Module):
             prelude_layers=prelude,
             block_layers=block,
             coda_layers=coda,
+            skip=recipe.skip,
             **ways,
         )
 
@@ -233,8 +242,8 @@ class Control(VectorTask):
 class TimeWarp(VectorTask):
     """One decision of ``loopwm/TimeWarp``: an action held for 1 to 16 control steps, of which at most 8 in training."""
 
-    models = MODELS | STEPWISE
-    ladder = LADDER | dict.fromkeys(STEPWISE, ((64, 8),))
+    models = MODELS | STEPWISE | SKIPPING
+    ladder = LADDER | dict.fromkeys([*STEPWISE, *SKIPPING], ((64, 8),)) | {"stacked, skip": ((32, 4), (64, 4), (64, 8))}
     unit, trained = "held control steps", 8
     bins = ((1, 2), (3, 4), (5, 8), (9, 12), (13, 16))
 

@@ -37,6 +37,7 @@ def _make_dynamics(cfg: Config, action_dim: int, latent_norm: nn.Module) -> nn.M
         mode=d.mode,
         gamma=d.gamma,
         injection=d.injection,
+        skip=d.skip,
         depth_sampler=d.depth_sampler,
         halt_tolerance=d.halt_tolerance,
         halting=d.halting,

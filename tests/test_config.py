@@ -59,6 +59,7 @@ MISTAKES = [
     (["dynamics.injection=zho"], "mean zoh"),
     (["dynamics.halting=residul"], "mean residual"),
     (["dynamics.halting=certified", "dynamics.mode=linear"], "dynamics.halting=certified: needs dynamics.mode=cert"),
+    (["dynamics.skip=true"], "dynamics.skip=true: needs dynamics.mode=lipsdp"),
     (["dynamics.gradient=implicit", "dynamics.order=aabb"], "needs dynamics.order=abab"),
     (["dynamics.gradient=implicit", "dynamics.mode=linear"], "dynamics.gradient=implicit: needs"),
     (["agent.batch_size=32"], "agent.model_batch_size=64: must be at most agent.batch_size=32"),

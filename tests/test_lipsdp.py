@@ -22,98 +22,123 @@ from test_dynamics import (
 
 from loopwm.dynamics import DYNAMICS, LoopedDynamics
 from loopwm.dynamics.cell import LoopCell
-from loopwm.dynamics.lipsdp import inverse_root, joint_factor, joint_scale
+from loopwm.dynamics.lipsdp import PATH_SHARE, inverse_root, joint_factor, joint_scale, path_scale, promised_factor
 
 SMALL, UNITS = 3, 6
 
 
-def parts(seed: int, scale: float = 1.0, units: int = UNITS, decay: float | None = None) -> list[torch.Tensor]:
-    """W1 (W, D), W2 (D, W), Abar (D,) and log multipliers (W,) in float64."""
+def parts(seed: int, scale: float = 1.0, matrix: bool = False, decay: float | None = None) -> list[torch.Tensor]:
+    """W1 (W, D), W2 (D, W), a linear path, log multipliers (W,) and the rho that is asked for, in float64.
+
+    The path is Abar (D,), or a matrix F (D, D) that is not symmetric, as large as it may be.
+    """
     stream = generator(seed)
-    read, write = (torch.randn(units, SMALL, generator=stream, dtype=DOUBLE) * scale for _ in range(2))
-    slow = torch.rand(SMALL, generator=stream, dtype=DOUBLE) if decay is None else torch.full((SMALL,), decay).double()
-    return [read, write.t(), slow, torch.randn(units, generator=stream, dtype=DOUBLE)]
+    read, write = (torch.randn(UNITS, SMALL, generator=stream, dtype=DOUBLE) * scale for _ in range(2))
+    path = torch.rand(SMALL, generator=stream, dtype=DOUBLE) if decay is None else torch.full((SMALL,), decay).double()
+    rho = promised_factor(path, 0.9)
+    if matrix:
+        path = 5.0 * torch.randn(SMALL, SMALL, generator=stream, dtype=DOUBLE)
+        path = path * path_scale(path, rho)
+    return [read, write.t(), path, torch.randn(UNITS, generator=stream, dtype=DOUBLE), rho]
 
 
-def true_factor(read: torch.Tensor, write: torch.Tensor, decay: torch.Tensor) -> float:
-    """The largest ||Abar + W2 P W1|| over P in [0, 1]^W: a norm is convex in P, so it is largest at a corner."""
+def dense(path: torch.Tensor) -> torch.Tensor:
+    return torch.diag(path) if path.ndim == 1 else path
+
+
+def true_factor(read: torch.Tensor, write: torch.Tensor, path: torch.Tensor) -> float:
+    """The largest ||F + W2 P W1|| over P in [0, 1]^W: a norm is convex in P, so it is largest at a corner."""
     corners = torch.tensor(list(itertools.product((0.0, 1.0), repeat=len(read))), dtype=DOUBLE)
-    maps = torch.diag(decay) + torch.einsum("dw,pw,we->pde", write, corners, read)
+    maps = dense(path) + torch.einsum("dw,pw,we->pde", write, corners, read)
     return float(torch.linalg.matrix_norm(maps, 2).max())
 
 
-def promised(decay: torch.Tensor, gamma: float) -> float:
-    return float(decay.max() + gamma * (1.0 - decay.max()))
-
-
+@pytest.mark.parametrize("matrix", [False, True], ids=["decay", "skip"])
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("scale", [0.05, 0.3, 3.0, 1e3])
-def test_no_pattern_of_units_is_beyond_the_factor(seed, scale):
-    read, write, decay, multipliers = parts(seed, scale)
-    shrink = joint_scale(read, write, decay, multipliers, 0.9)
+def test_no_pattern_of_units_is_beyond_the_factor(seed, scale, matrix):
+    read, write, path, multipliers, rho = parts(seed, scale, matrix)
+    shrink = joint_scale(read, write, path, multipliers, rho)
     assert 0.0 < float(shrink) <= 1.0
     read, write = read * shrink, write * shrink
-    bound = joint_factor(read, write, decay, multipliers)
-    assert true_factor(read, write, decay) <= bound <= promised(decay, 0.9)
+    bound = joint_factor(read, write, path, multipliers)
+    assert true_factor(read, write, path) <= bound <= float(rho)
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 1e3])
+def test_a_matrix_for_a_path_stays_within_its_share(size):
+    path, rho = size * torch.randn(5, 5, generator=generator(), dtype=DOUBLE), torch.tensor(0.9, dtype=DOUBLE)
+    within = float(torch.linalg.matrix_norm(path, 2)) <= PATH_SHARE * 0.9
+    assert float(torch.linalg.matrix_norm(path * path_scale(path, rho), 2)) <= PATH_SHARE * 0.9
+    assert (float(path_scale(path, rho)) == 1.0) == within
+
+
+def test_a_matrix_that_is_diagonal_is_the_decay():
+    """The closed form of the root and the Cholesky factor say the same."""
+    read, write, decay, multipliers, _ = parts(1, 1.0)
+    rho = torch.tensor(0.999, dtype=DOUBLE)
+    one, other = (joint_scale(read, write, path, multipliers, rho) for path in (decay, torch.diag(decay)))
+    assert float(one) == pytest.approx(float(other), rel=2e-3)  # a root and a factor turn the matrix, and its bound
+    one, other = (joint_factor(read * 0.05, write * 0.05, path, multipliers) for path in (decay, torch.diag(decay)))
+    assert one == pytest.approx(other, rel=1e-12)
 
 
 def test_weights_that_contract_are_left_alone():
-    read, write, decay, multipliers = parts(0, 0.05, decay=0.3)
-    assert float(joint_scale(read, write, decay, multipliers, 0.9)) == 1.0
+    assert float(joint_scale(*parts(0, 0.05, decay=0.3))) == 1.0
 
 
+@pytest.mark.parametrize("matrix", [False, True], ids=["decay", "skip"])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_factor_is_the_smallest_for_which_the_published_matrix_is_not_negative(seed):
-    """The LMI of LipSDP itself, in (h, units, h'): [[rho^2, -W1^T L, Abar], [., 2 L, W2^T], [., ., 1]]."""
-    read, write, decay, multipliers = parts(seed, 0.3)
-    shrink = joint_scale(read, write, decay, multipliers, 0.9)
+def test_the_factor_is_the_smallest_for_which_the_published_matrix_is_not_negative(seed, matrix):
+    """The LMI of LipSDP itself, in (h, units, h'): [[rho^2, -W1^T L, F^T], [., 2 L, W2^T], [., ., 1]]."""
+    read, write, path, multipliers, asked = parts(seed, 0.3, matrix)
+    shrink = joint_scale(read, write, path, multipliers, asked)
     read, write, weights = read * shrink, write * shrink, torch.diag(multipliers.exp())
-    rho = joint_factor(read, write, decay, multipliers)
+    rho = joint_factor(read, write, path, multipliers)
 
     def smallest_eigenvalue(factor: float) -> float:
         one = torch.eye(SMALL, dtype=DOUBLE)
         rows = [
-            torch.cat([factor**2 * one, -read.t() @ weights, torch.diag(decay)], 1),
+            torch.cat([factor**2 * one, -read.t() @ weights, dense(path).t()], 1),
             torch.cat([-weights @ read, 2.0 * weights, write.t()], 1),
-            torch.cat([torch.diag(decay), write, one], 1),
+            torch.cat([dense(path), write, one], 1),
         ]
         return float(torch.linalg.eigvalsh(torch.cat(rows))[0])
 
     assert smallest_eigenvalue(rho) >= -1e-9 > smallest_eigenvalue(rho * (1.0 - 1e-3))
 
 
-def test_the_bound_is_reached():
+@pytest.mark.parametrize("matrix", [False, True], ids=["decay", "skip"])
+def test_the_bound_is_reached(matrix):
     """Ascent on weights and multipliers comes near the promised factor: nothing is given away but the margin."""
-    torch.manual_seed(0)
-    read, write, decay, multipliers = parts(0, 0.3)
-    free = [read.requires_grad_(), write.detach().clone().requires_grad_(), multipliers.requires_grad_()]
+    read, write, path, multipliers, rho = parts(0, 0.3, matrix)
+    free = [x.clone().requires_grad_() for x in (read, write, multipliers)]
     ascent = torch.optim.Adam(free, lr=0.02, maximize=True)
     for _ in range(400):
         ascent.zero_grad()
-        shrink = joint_scale(free[0], free[1], decay, free[2], 0.9)
-        torch.linalg.matrix_norm(torch.diag(decay) + free[1] @ free[0] * shrink**2, 2).backward()
+        shrink = joint_scale(free[0], free[1], path, free[2], rho)
+        torch.linalg.matrix_norm(dense(path) + free[1] @ free[0] * shrink**2, 2).backward()
         ascent.step()
     read, write, multipliers = (x.detach() for x in free)
-    shrink = joint_scale(read, write, decay, multipliers, 0.9)
-    assert true_factor(read * shrink, write * shrink, decay) > 0.99 * promised(decay, 0.9)
+    shrink = joint_scale(read, write, path, multipliers, rho)
+    assert true_factor(read * shrink, write * shrink, path) > 0.99 * float(rho)
 
 
 def test_a_block_that_pulls_back_has_more_room_than_norms_leave_it():
     """W2 = -W1^T with orthonormal rows: up to 1 + Abar is a contraction, norms stop at gamma (1 - Abar)."""
     decay, gamma = torch.full((SMALL,), 0.6, dtype=DOUBLE), 0.95
     read = 10.0 * torch.linalg.qr(torch.randn(SMALL, SMALL, generator=generator(), dtype=DOUBLE))[0]
-    even = torch.zeros(SMALL, dtype=DOUBLE)
-    shrink = joint_scale(read, -read.t(), decay, even, gamma)
+    rho = promised_factor(decay, gamma)
+    shrink = joint_scale(read, -read.t(), decay, torch.zeros(SMALL, dtype=DOUBLE), rho)
     pull = sigma(read * shrink) ** 2
-    assert pull == pytest.approx(promised(decay, gamma) + 0.6, rel=2e-2)  # a flat spectrum: the norm is bounded loosely
+    assert pull == pytest.approx(float(rho) + 0.6, rel=2e-2)  # a flat spectrum: the norm is bounded loosely
     assert pull > 4.0 * gamma * 0.4
-    assert true_factor(read * shrink, -read.t() * shrink, decay) <= promised(decay, gamma)
+    assert true_factor(read * shrink, -read.t() * shrink, decay) <= float(rho)
 
 
 def test_where_the_multipliers_prove_nothing_the_norms_do():
     """W2 alone too large for its multipliers: no rho fulfils the inequality."""
-    read, write, decay, multipliers = parts(0, 3.0)
-    assert joint_factor(read, write, decay, multipliers) is None
+    assert joint_factor(*parts(0, 3.0)[:-1]) is None
 
 
 def test_the_root_is_the_roots():
@@ -125,38 +150,44 @@ def test_the_root_is_the_roots():
         torch.testing.assert_close(root @ matrix @ root, torch.eye(2, dtype=DOUBLE), atol=1e-9, rtol=0)
 
 
-def test_the_scale_has_the_right_gradient():
-    read, write, decay, multipliers = parts(3, 1.0)
-    free = [x.requires_grad_() for x in (read, write.contiguous(), decay, multipliers)]
+@pytest.mark.parametrize("matrix", [False, True], ids=["decay", "skip"])
+def test_the_scale_has_the_right_gradient(matrix):
+    read, write, path, multipliers, rho = parts(3, 1.0, matrix)
+    free = [x.clone().requires_grad_() for x in (read, write, 0.9 * path, multipliers)]
     # The bound is a little above the norm, and has the norm's gradient.
-    assert torch.autograd.gradcheck(lambda *x: joint_scale(*x, 0.9), free, eps=1e-6, atol=5e-3, rtol=5e-3)
+    assert torch.autograd.gradcheck(lambda *x: joint_scale(*x, rho), free, eps=1e-6, atol=5e-3, rtol=5e-3)
 
 
+@pytest.mark.parametrize("skip", [False, True], ids=["decay", "skip"])
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_one_loop_contracts_at_least_as_the_bound_says(weights, activation):
-    dynamics = WEIGHTS[weights]({"activation": activation, "mode": "lipsdp"})
+def test_one_loop_contracts_at_least_as_the_bound_says(weights, activation, skip):
+    dynamics = WEIGHTS[weights]({"activation": activation, "mode": "lipsdp", "skip": skip})
     bound = dynamics.lipschitz_bound()
     assert 0.0 < bound < 1.0
     with torch.no_grad():
         for seed in range(5):
             h, e = torch.randn(2, 1, D, generator=generator(seed), dtype=DOUBLE) * 10 ** (seed - 2)
             assert jacobian_norm(loop_for(dynamics, e), h[0]) <= bound + 1e-12
-    assert adversarial(dynamics, activation, seed=1) <= bound + 1e-12
+    if not skip:
+        assert adversarial(dynamics, activation, seed=1) <= bound + 1e-12
 
 
+@pytest.mark.parametrize("skip", [False, True], ids=["decay", "skip"])
 @pytest.mark.parametrize("log_dt", [0.0, -8.0], ids=["fast", "slow"])
-def test_the_promise_is_kept_in_float32(log_dt):
+def test_the_promise_is_kept_in_float32(log_dt, skip):
     """Decays next to one make K nearly singular: where rounding is magnified most."""
     for seed in range(20):
         torch.manual_seed(seed)
-        dynamics = LoopedDynamics(Z, A, D, mode="lipsdp")
+        dynamics = LoopedDynamics(Z, A, D, mode="lipsdp", skip=skip)
         with torch.no_grad():
+            if skip:
+                dynamics.cell.skip.weight.normal_()
             dynamics.cell.log_dt.add_(log_dt + 0.01 * torch.randn(D))
             for weight in (dynamics.cell.read.weight, dynamics.cell.write.weight, dynamics.cell.log_multipliers):
                 weight.copy_(3.0 * torch.randn(weight.shape))
-            decay = dynamics.cell.decay().double()
-        assert dynamics.lipschitz_bound() <= promised(decay, 0.95) < 1.0
+            promised = float(promised_factor(dynamics.cell.decay(), 0.95))
+        assert dynamics.lipschitz_bound() <= promised < 1.0
 
 
 def test_training_that_wants_to_grow_stays_below_the_bound():
@@ -176,8 +207,9 @@ def test_training_that_wants_to_grow_stays_below_the_bound():
     assert 0.5 * dynamics.lipschitz_bound() < found <= dynamics.lipschitz_bound()
 
 
-def test_all_starts_reach_one_fixed_point_within_the_certified_distance():
-    dynamics = looped(scale=2.0, mode="lipsdp")
+@pytest.mark.parametrize("skip", [False, True], ids=["decay", "skip"])
+def test_all_starts_reach_one_fixed_point_within_the_certified_distance(skip):
+    dynamics = looped(scale=2.0, mode="lipsdp", skip=skip)
     h = torch.randn(6, D, generator=generator(), dtype=DOUBLE) * torch.logspace(-2, 2, 6, dtype=DOUBLE).unsqueeze(1)
     with torch.no_grad():
         loop = loop_for(dynamics, torch.randn(1, D, generator=generator(5), dtype=DOUBLE).expand(6, D))
@@ -204,6 +236,51 @@ def test_weights_that_are_no_numbers_certify_nothing():
     with torch.no_grad():
         dynamics.cell.log_multipliers[0] = math.nan
     assert dynamics.lipschitz_bound() == math.inf
+
+
+@pytest.mark.parametrize("mode", ["lipsdp", "linear", "soft"])
+def test_one_loop_with_a_skip_by_hand(mode):
+    """h' = (Abar + W0) h + Bbar e + W2 s(W1 h + U e + b), where nothing has to shrink."""
+    cell = LoopCell(2, 3, mode=mode, skip=True).double()
+    with torch.no_grad():
+        for weight in (cell.skip.weight, cell.read.weight, cell.write.weight):
+            weight.copy_(0.1 * torch.randn(weight.shape, generator=generator(), dtype=DOUBLE))
+        h, e = torch.randn(2, 4, 2, generator=generator(1), dtype=DOUBLE)
+        inner = torch.relu(h @ cell.read.weight.t() + cell.inject(e))
+        expected = h * cell.decay() + h @ cell.skip.weight.t() + e * cell.input_scale(cell.decay())
+        torch.testing.assert_close(cell.prepare(e)(h), expected + inner @ cell.write.weight.t())
+        assert cell.lipschitz_bound() >= max(jacobian_norm(cell.prepare(x[None]), y) for x, y in zip(e, h, strict=True))
+
+
+def test_mixed_depths_and_controls_have_the_skip():
+    z, action = inputs(5)
+    depth = torch.tensor([3, 1, 4, 1, 2])
+    dynamics = looped(mode="lipsdp", skip=True)
+    out = dynamics(z, action, depth)
+    for row in range(5):
+        alone = dynamics(z[row : row + 1], action[row : row + 1], int(depth[row]))
+        torch.testing.assert_close(out.h[row], alone.h[0])
+    out.h.sum().backward()
+    assert dynamics.cell.skip.weight.grad.any()
+    loop, stack, wide = (
+        DYNAMICS[name](Z, A, D, 4, 8, block_dim=6 * D, mode="linear", skip=True)
+        for name in ("looped", "stacked", "wide")
+    )
+    assert len(stack.cells) == 4 and all(cell.skip is not None for cell in stack.cells)
+
+    def flops(cells, loops=1, injections=1):  # of the block, in multiplications
+        weights = lambda cell, names: sum(getattr(cell, name).weight.numel() for name in names)  # noqa: E731
+        return sum(loops * weights(c, ("read", "write", "skip")) + injections * weights(c, ("inject",)) for c in cells)
+
+    assert flops(stack.cells) == pytest.approx(flops([loop.cell], 4), rel=0.01)
+    assert flops(wide.cells) == pytest.approx(flops([loop.cell], 4), rel=0.01)
+
+
+def test_a_skip_where_there_is_no_room_for_it_is_refused():
+    with pytest.raises(ValueError, match="mode 'certified' has no skip; choose from lipsdp, linear, soft"):
+        LoopCell(D, D, skip=True)
+    with pytest.raises(ValueError, match="block 'conv' has no skip"):
+        LoopedDynamics(Z, A, D, block="conv", mode="linear", skip=True)
 
 
 @pytest.mark.parametrize("block", ["conv", "rank", "transformer"])

@@ -53,6 +53,7 @@ class Architecture:
     gamma: float = 0.95
     injection: str = "zoh"
     activation: str = "relu"
+    skip: bool = False
     latent_norm: nn.Module | None = None
 
     def __post_init__(self) -> None:
@@ -94,7 +95,7 @@ class Architecture:
 
     def make_cell(self, width: int) -> Cell:
         """One layer of inner width ``width``."""
-        return self.kind(self.hidden_dim, width, self.mode, self.gamma, self.injection, self.activation)
+        return self.kind(self.hidden_dim, width, self.mode, self.gamma, self.injection, self.activation, self.skip)
 
     def make_coda(self) -> Coda:
         """(z, h) -> the next latent."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from loopwm.dynamics.base import Coda, Prelude, make_start
-from loopwm.dynamics.lipsdp import MULTIPLIER_INIT, SLOPES, joint_factor, joint_scale
+from loopwm.dynamics.lipsdp import MULTIPLIER_INIT, SLOPES, joint_factor, joint_scale, path_scale, promised_factor
 from loopwm.dynamics.spectral import UnitSpectralNorm
 
 
@@ -57,7 +57,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "tanh": (torch.tanh, 1.0),
     "silu": (nn.functional.silu, 1.09984),
 }
-FoldedWeights = tuple[Tensor, "Tensor | float", Tensor, Tensor]  # Abar, Bbar, W1, g W2
+FoldedWeights = tuple[Tensor, "Tensor | float", Tensor, Tensor]  # Abar or F^T, Bbar, W1, g W2
 SINGULAR_VALUE_ERROR = 1e-12  # relative, in float64: a few hundred roundings
 DECAY_INIT = math.sqrt(1.0 / 5.0)  # Parcae (2604.12946): the linear path forgets h0 at this rate per loop
 
@@ -76,9 +76,11 @@ class Cell(nn.Module):
     Args:
         hidden_dim: D, width of h. block_dim: inner width of the block. gamma: in (0, 1), share of the head-room that
         the block may use. injection: ``zoh`` Bbar = (1 - Abar) / -A * B, ``euler`` dt * B, ``additive`` 1.
+        skip: whether the block has a linear layer W0 h beside its own (block ``mlp``).
 
     Raises:
-        ValueError: unknown mode, injection or activation, a mode that the block does not have, or gamma outside (0, 1).
+        ValueError: unknown mode, injection or activation, a mode or a skip that the block does not have, or gamma
+        outside (0, 1).
     """
 
     prelude: ClassVar[Callable] = Prelude
@@ -89,6 +91,7 @@ class Cell(nn.Module):
     norm_order: ClassVar[float] = 2.0  # of the norm of h in which ``lipschitz_bound`` speaks
     places: ClassVar[tuple[int, ...]] = ()  # dimensions of h (B, ...) over which a state is laid out
     lacks: ClassVar[dict[str, str]] = {"lipsdp": "which is for block 'mlp'"}  # modes that it does not have, and why
+    may_skip: ClassVar[bool] = False
 
     @staticmethod
     def width_multiple(hidden_dim: int) -> int:
@@ -103,6 +106,7 @@ class Cell(nn.Module):
         gamma: float = 0.95,
         injection: str = "zoh",
         activation: str = "relu",
+        skip: bool = False,
     ):
         super().__init__()
         for value, known, what in ((mode, MODES, "mode"), (injection, INJECTIONS, "injection")):
@@ -111,11 +115,13 @@ class Cell(nn.Module):
         if mode in self.lacks:
             names = ", ".join(name for name in MODES if name not in self.lacks)
             raise ValueError(f"block {self.name!r} has no mode {mode!r}, {self.lacks[mode]}; choose from {names}")
+        if skip and not self.may_skip:
+            raise ValueError(f"block {self.name!r} has no skip, which is for block 'mlp'")
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; choose from {', '.join(ACTIVATIONS)}")
         if not 0.0 < gamma < 1.0:
             raise ValueError(f"gamma must lie in (0, 1), got {gamma}")
-        self.mode, self.gamma, self.injection = mode, gamma, injection
+        self.mode, self.gamma, self.injection, self.skips = mode, gamma, injection, skip
         self.activation, self.activation_lipschitz = ACTIVATIONS[activation]
         self.log_rate = nn.Parameter(torch.zeros(hidden_dim))  # a, with A = -exp(a)
         self.log_dt = nn.Parameter(torch.full((hidden_dim,), math.log(-math.log(DECAY_INIT))))
@@ -193,16 +199,18 @@ class Cell(nn.Module):
 
 
 class LoopCell(Cell):
-    """One loop on a state h (B, D) with injected input e (B, D): R(h, e) = W2 s(W1 h + U e + b).
+    """One loop on a state h (B, D) with injected input e (B, D): R(h, e) = W2 s(W1 h + U e + b), + W0 h with ``skip``.
 
-    In mode ``certified`` the spectral norms of W1 and W2 are at most one. Mode ``lipsdp`` learns ``block_dim``
-    multipliers more, and needs an activation whose slopes lie in [0, 1]. The rest: see ``Cell``.
+    In mode ``certified`` the spectral norms of W1 and W2 are at most one, and there is no skip: a third norm would
+    leave the two no room. Mode ``lipsdp`` learns ``block_dim`` multipliers, needs an activation whose slopes lie in
+    [0, 1], and has a linear path F = Abar + W0 whose norm stays below the promised factor. The rest: see ``Cell``.
 
     Raises:
-        ValueError: mode ``lipsdp`` with another activation than those in ``SLOPES``.
+        ValueError: mode ``lipsdp`` with another activation than those in ``SLOPES``, or a skip in mode ``certified``.
     """
 
     name = "mlp"
+    may_skip = True
     lacks: ClassVar[dict[str, str]] = {}
     flops = (2, 1)  # W1 and W2; U
 
@@ -212,38 +220,50 @@ class LoopCell(Cell):
         self.inject = nn.Linear(hidden_dim, block_dim)  # U, b: free, they do not touch dh'/dh
         self.write = nn.Linear(block_dim, hidden_dim, bias=False)  # W2
         nn.init.zeros_(self.write.weight)
+        self.skip = nn.Linear(hidden_dim, hidden_dim, bias=False) if self.skips else None  # W0
+        if self.skip is not None:
+            nn.init.zeros_(self.skip.weight)
         if MODES[self.mode].jointly:
             if self.activation not in [ACTIVATIONS[name][0] for name in SLOPES]:
                 raise ValueError(f"mode {self.mode!r} needs an activation of slopes in [0, 1]: {', '.join(SLOPES)}")
             self.log_multipliers = nn.Parameter(torch.full((block_dim,), MULTIPLIER_INIT))
         elif MODES[self.mode].certified:
+            if self.skips:
+                raise ValueError(f"mode {self.mode!r} has no skip; choose from lipsdp, linear, soft")
             parametrize.register_parametrization(self.read, "weight", UnitSpectralNorm())
             parametrize.register_parametrization(self.write, "weight", UnitSpectralNorm(), unsafe=True)
 
     def fold(self) -> FoldedWeights:
         decay, read, write = self.decay(), self.read.weight, self.write.weight
+        path = decay if self.skip is None else torch.diag(decay) + self.skip.weight
         if MODES[self.mode].jointly:
-            scale = joint_scale(read, write, decay, self.log_multipliers, self.gamma)
+            rho = promised_factor(decay, self.gamma)
+            path = path if self.skip is None else path * path_scale(path, rho)
+            scale = joint_scale(read, write, path, self.log_multipliers, rho)
             read, write = read * scale, write * scale
         else:
             write = write * self.block_scale(decay)
-        return decay, self.input_scale(decay), read.t(), write.t()
+        return path.t() if path.ndim > 1 else path, self.input_scale(decay), read.t(), write.t()
 
     def prepare(self, e: Tensor) -> PreparedLoop:
         decay, input_scale, read, write = self._folded or self.fold()
         constant, injected = e * input_scale, self.inject(e)  # (B, D), (B, W)
-        return PreparedLoop(decay, constant, injected, read, write, self.activation)
+        kind = PreparedLoop if self.skip is None else SkipLoop
+        return kind(decay, constant, injected, read, write, self.activation)
 
     def norms(self, folded: FoldedWeights) -> list[Tensor]:
         return [torch.linalg.matrix_norm(matrix.double(), 2) for matrix in folded[2:]]
 
     def factor(self, folded: FoldedWeights) -> float:
         """Of the inequality that the weights were made to fulfil, where there is one; else of their norms."""
-        found = None
+        path, _, read, write = folded
         if MODES[self.mode].jointly:
-            decay, _, read, write = folded
-            found = joint_factor(read.t(), write.t(), decay, self.log_multipliers)
-        return super().factor(folded) if found is None else found
+            found = joint_factor(read.t(), write.t(), path.t() if path.ndim > 1 else path, self.log_multipliers)
+            if found is not None:
+                return found
+        if path.ndim > 1:
+            path = torch.linalg.matrix_norm(path.double(), 2)
+        return super().factor((path, *folded[1:]))
 
 
 class PreparedLoop:
@@ -274,3 +294,14 @@ class PreparedLoop:
         """The same loop on the samples ``index`` (n,)."""
         constant, injected = self.constant.index_select(0, index), self.injected.index_select(0, index)
         return type(self)(self.decay, constant, injected, self.read, self.write, self.activation)
+
+
+class SkipLoop(PreparedLoop):
+    """The same with a matrix F^T (D, D) in the place of ``decay``."""
+
+    __slots__ = ()
+    fused = False
+
+    def __call__(self, h: Tensor) -> Tensor:
+        inner = self.activation(torch.addmm(self.injected, h, self.read))  # (B, W)
+        return torch.addmm(torch.addmm(self.constant, h, self.decay), inner, self.write)  # (B, D)

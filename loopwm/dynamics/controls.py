@@ -19,9 +19,10 @@ LOOP_WORDS = {p.name for p in signature(LoopedDynamics).parameters.values() if p
 
 
 def equal_flops_width(parts: Architecture, loops: int) -> int:
-    """Total inner width of unlooped cells that cost what ``loops`` loops of the block do.
+    """Total inner width of as many unlooped cells as ``loops`` loops have layers that cost what the loops do.
 
-    The loop pays for the injection once, an unlooped cell always: with W1, W2 and U alike, 2 T + 1 against 3 T.
+    The loop pays for the injection once, an unlooped cell always: with W1, W2 and U alike, 2 T + 1 against 3 T. A skip
+    costs either the same.
     """
     looped, once = parts.kind.flops
     unit = parts.unit
@@ -120,7 +121,9 @@ class WideDynamics(StackedDynamics):
 
     @staticmethod
     def plan(parts: Architecture, loops: int) -> tuple[Architecture, list[int]]:
-        return parts, [equal_flops_width(parts, loops)]
+        unit, skips = parts.unit, parts.skip * (loops * parts.block_layers - 1)  # the loop's, which one layer has not
+        spared = round(skips * parts.hidden_dim / sum(parts.kind.flops) / unit)
+        return parts, [equal_flops_width(parts, loops) + unit * spared]
 
 
 class DeepThinDynamics(StackedDynamics):

@@ -14,6 +14,9 @@ h, so its root is known in closed form, and the inequality says that the spectra
 one: one norm of one matrix, for which there is a bound from above (``spectral``). Dividing W1 and W2 by it makes any
 weights contract. The multipliers are learnt.
 
+With a matrix F in place of Abar (``skip``) the same holds of K = [[rho^2, F^T], [F, 1]] and its Cholesky factor, as
+long as the norm of F is below rho. F is worth having: by another basis of h it stands for another norm to contract in.
+
 How much room that is: a block that pulls back, W2 = -W1^T, may have W2 W1 = -(1 + Abar), where norms stop at 1 - Abar.
 """
 
@@ -27,6 +30,7 @@ from loopwm.dynamics.spectral import differentiable_norm_bound
 SLOPES = ("relu", "tanh")  # activations whose slopes lie in [0, 1], as the inequality needs
 MARGIN = 1e-3  # the norm stays below one by so much: room for rounding, which K^(-1/2) makes a hundred times larger
 MULTIPLIER_INIT = -1.0  # of log L, all alike; of 0, -1 and -2 the best, by little, on TimeWarp (one seed)
+PATH_SHARE = 0.98  # of rho, the most that a matrix F may take: K has a condition of at most 100 then
 EIGENVALUE_ERROR = 1e-10  # relative, in float64: the inverse below has a condition of at most 1 / MARGIN
 
 
@@ -45,30 +49,48 @@ def inverse_root(decay: Tensor, rho: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (first + d) / size, mixed / size, (last + d) / size
 
 
-def joint_scale(read: Tensor, write: Tensor, decay: Tensor, log_multipliers: Tensor, gamma: float) -> Tensor:
-    """() factor of at most one on W1 (W, D) and on W2 (D, W), by which one loop contracts by at most
+def promised_factor(decay: Tensor, gamma: float) -> Tensor:
+    """rho (), float64: max Abar + gamma (1 - max Abar), what mode ``certified`` promises too; decay (D,)."""
+    slowest = decay.double().max()  # differences of numbers next to one
+    return slowest + gamma * (1.0 - slowest)
 
-    rho = max Abar + gamma (1 - max Abar): the factor that mode ``certified`` promises.
+
+def path_scale(path: Tensor, rho: Tensor) -> Tensor:
+    """() factor of at most one that leaves F = path (D, D) a norm of ``PATH_SHARE`` rho."""
+    most = (PATH_SHARE * rho).to(path.dtype)
+    return most / torch.maximum(differentiable_norm_bound(path), most)
+
+
+def joint_scale(read: Tensor, write: Tensor, path: Tensor, log_multipliers: Tensor, rho: Tensor) -> Tensor:
+    """() factor of at most one on W1 (W, D) and on W2 (D, W), by which one loop contracts by rho ().
+
+    ``path`` is Abar (D,), each entry below rho, or F (D, D) of a norm below rho.
 
     Raises:
         TypeError: in 16 bits.
     """
-    slow = decay.double()  # differences of numbers next to one
-    rho = slow.max() + gamma * (1.0 - slow.max())
-    first, mixed, last = (entry.to(read.dtype) for entry in inverse_root(slow, rho))
     c, b = halves(read, write, log_multipliers)
-    norm = differentiable_norm_bound(torch.cat([c * first - b * mixed, c * mixed - b * last], 1))  # of (W, 2 D)
-    return (1.0 - MARGIN) / norm.clamp_min(1.0 - MARGIN)
+    if path.ndim == 1:
+        first, mixed, last = (entry.to(read.dtype) for entry in inverse_root(path.double(), rho))
+        whole = torch.cat([c * first - b * mixed, c * mixed - b * last], 1)  # (W, 2 D)
+    else:
+        one = torch.eye(len(path), dtype=torch.float64, device=path.device)
+        path = path.double()
+        lower = torch.linalg.cholesky(torch.cat([torch.cat([rho**2 * one, path.t()], 1), torch.cat([path, one], 1)]))
+        whole = torch.linalg.solve_triangular(lower, torch.cat([c, -b], 1).t().double(), upper=False).to(read.dtype)
+    return (1.0 - MARGIN) / differentiable_norm_bound(whole).clamp_min(1.0 - MARGIN)
 
 
-def joint_factor(read: Tensor, write: Tensor, decay: Tensor, log_multipliers: Tensor) -> float | None:
+def joint_factor(read: Tensor, write: Tensor, path: Tensor, log_multipliers: Tensor) -> float | None:
     """The smallest rho for which the inequality holds, in float64; None where these multipliers give none."""
-    read, write, decay = read.double(), write.double(), decay.double()
+    read, write, path = read.double(), write.double(), path.double()
     c, b = halves(read, write, log_multipliers.double())
-    lower, broken = torch.linalg.cholesky_ex(torch.eye(len(decay), dtype=b.dtype, device=b.device) - b.t() @ b)
+    lower, broken = torch.linalg.cholesky_ex(torch.eye(len(path), dtype=b.dtype, device=b.device) - b.t() @ b)
     if broken:
         return None
-    mixed = torch.diag(decay) + b.t() @ c  # Schur: rho^2 >= C^T C + (Abar + C^T B) (1 - B^T B)^-1 (Abar + B^T C)
-    solved = torch.linalg.solve_triangular(lower, mixed, upper=False)
+    # Schur: rho^2 >= C^T C + (F + B^T C)^T (1 - B^T B)^-1 (F + B^T C)
+    solved = torch.linalg.solve_triangular(
+        lower, (torch.diag(path) if path.ndim == 1 else path) + b.t() @ c, upper=False
+    )
     largest = torch.linalg.eigvalsh(c.t() @ c + solved.t() @ solved)[-1]
     return float(largest.clamp_min(0.0).sqrt()) * (1.0 + EIGENVALUE_ERROR)
