@@ -53,6 +53,12 @@ def test_every_block_and_mode(block, mode, depth):
     agree(LoopedDynamics(8, A, D, block=block, block_dim=8, mode=mode), LATENTS[block], depth)
 
 
+@pytest.mark.parametrize("mode", ["lipsdp", "linear"])
+def test_a_skip(mode):
+    torch.manual_seed(0)
+    agree(LoopedDynamics(8, A, D, mode=mode, skip=True), LATENTS["mlp"], 3)
+
+
 @pytest.mark.parametrize("name", [name for name in DYNAMICS if name != "looped"])
 def test_every_control(name):
     torch.manual_seed(0)

@@ -79,8 +79,8 @@ class Cell(nn.Module):
         skip: whether the block has a linear layer W0 h beside its own (block ``mlp``).
 
     Raises:
-        ValueError: unknown mode, injection or activation, a mode or a skip that the block does not have, or gamma
-        outside (0, 1).
+        ValueError: unknown mode, injection or activation, a mode or a skip that the block does not have, mode
+        ``lipsdp`` with an activation that is not in ``SLOPES``, or gamma outside (0, 1).
     """
 
     prelude: ClassVar[Callable] = Prelude
@@ -121,7 +121,9 @@ class Cell(nn.Module):
             raise ValueError(f"unknown activation {activation!r}; choose from {', '.join(ACTIVATIONS)}")
         if not 0.0 < gamma < 1.0:
             raise ValueError(f"gamma must lie in (0, 1), got {gamma}")
-        self.mode, self.gamma, self.injection, self.skips = mode, gamma, injection, skip
+        if MODES[mode].jointly and activation not in SLOPES:
+            raise ValueError(f"mode {mode!r} needs an activation of slopes in [0, 1]: {', '.join(SLOPES)}")
+        self.mode, self.gamma, self.injection, self.has_skip = mode, gamma, injection, skip
         self.activation, self.activation_lipschitz = ACTIVATIONS[activation]
         self.log_rate = nn.Parameter(torch.zeros(hidden_dim))  # a, with A = -exp(a)
         self.log_dt = nn.Parameter(torch.full((hidden_dim,), math.log(-math.log(DECAY_INIT))))
@@ -138,7 +140,7 @@ class Cell(nn.Module):
         return torch.exp(-self.log_rate.clamp_min(-10.0))
 
     def block_scale(self, decay: Tensor) -> Tensor | float:
-        """g, the factor on the block that leaves the certificate its room."""
+        """g, the factor on the block that leaves the certificate its room; not used in mode ``lipsdp``."""
         if not MODES[self.mode].certified:
             return 1.0
         return self.gamma * (1.0 - decay.max()) / self.activation_lipschitz
@@ -202,11 +204,12 @@ class LoopCell(Cell):
     """One loop on a state h (B, D) with injected input e (B, D): R(h, e) = W2 s(W1 h + U e + b), + W0 h with ``skip``.
 
     In mode ``certified`` the spectral norms of W1 and W2 are at most one, and there is no skip: a third norm would
-    leave the two no room. Mode ``lipsdp`` learns ``block_dim`` multipliers, needs an activation whose slopes lie in
-    [0, 1], and has a linear path F = Abar + W0 whose norm stays below the promised factor. The rest: see ``Cell``.
+    leave the two no room. Mode ``lipsdp`` learns ``block_dim`` multipliers. With a skip the linear path is the matrix
+    F = Abar + W0; mode ``lipsdp`` scales all of it down to a norm of at most ``PATH_SHARE`` of the promised factor, so
+    decays slower than that are not to be had, in the others it is free. Bbar is of Abar alone. The rest: see ``Cell``.
 
     Raises:
-        ValueError: mode ``lipsdp`` with another activation than those in ``SLOPES``, or a skip in mode ``certified``.
+        ValueError: a skip in mode ``certified``.
     """
 
     name = "mlp"
@@ -220,16 +223,15 @@ class LoopCell(Cell):
         self.inject = nn.Linear(hidden_dim, block_dim)  # U, b: free, they do not touch dh'/dh
         self.write = nn.Linear(block_dim, hidden_dim, bias=False)  # W2
         nn.init.zeros_(self.write.weight)
-        self.skip = nn.Linear(hidden_dim, hidden_dim, bias=False) if self.skips else None  # W0
+        self.skip = nn.Linear(hidden_dim, hidden_dim, bias=False) if self.has_skip else None  # W0
         if self.skip is not None:
             nn.init.zeros_(self.skip.weight)
         if MODES[self.mode].jointly:
-            if self.activation not in [ACTIVATIONS[name][0] for name in SLOPES]:
-                raise ValueError(f"mode {self.mode!r} needs an activation of slopes in [0, 1]: {', '.join(SLOPES)}")
             self.log_multipliers = nn.Parameter(torch.full((block_dim,), MULTIPLIER_INIT))
         elif MODES[self.mode].certified:
-            if self.skips:
-                raise ValueError(f"mode {self.mode!r} has no skip; choose from lipsdp, linear, soft")
+            if self.has_skip:
+                others = ", ".join(name for name in MODES if name != self.mode)
+                raise ValueError(f"mode {self.mode!r} has no skip; choose from {others}")
             parametrize.register_parametrization(self.read, "weight", UnitSpectralNorm())
             parametrize.register_parametrization(self.write, "weight", UnitSpectralNorm(), unsafe=True)
 
@@ -243,7 +245,7 @@ class LoopCell(Cell):
             read, write = read * scale, write * scale
         else:
             write = write * self.block_scale(decay)
-        return path.t() if path.ndim > 1 else path, self.input_scale(decay), read.t(), write.t()
+        return path if self.skip is None else path.t(), self.input_scale(decay), read.t(), write.t()
 
     def prepare(self, e: Tensor) -> PreparedLoop:
         decay, input_scale, read, write = self._folded or self.fold()
@@ -258,10 +260,11 @@ class LoopCell(Cell):
         """Of the inequality that the weights were made to fulfil, where there is one; else of their norms."""
         path, _, read, write = folded
         if MODES[self.mode].jointly:
-            found = joint_factor(read.t(), write.t(), path.t() if path.ndim > 1 else path, self.log_multipliers)
+            path = path if self.skip is None else path.t()
+            found = joint_factor(read.t(), write.t(), path, self.log_multipliers)
             if found is not None:
                 return found
-        if path.ndim > 1:
+        if self.skip is not None:
             path = torch.linalg.matrix_norm(path.double(), 2)
         return super().factor((path, *folded[1:]))
 

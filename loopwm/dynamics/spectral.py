@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 ROUNDS = 3  # of two squarings each: the excess is at most r ** (1 / 2**8), 1.6 % for rank 64 with a flat spectrum
 ROUNDING_MARGIN = 1e-4  # float32 rounding of six squarings, measured below 1e-5 relative
@@ -51,13 +52,13 @@ def spectral_norm_bound(weight: Tensor) -> Tensor:
 
 
 def _leading_pair(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Leading singular vectors u (m,), v (n,) of weight (m, n), up to one sign."""
+    """Leading singular vectors u (m,), v (n,) of weight (m, n), up to one sign; of zeros, zeros."""
     # A column of G_k ~ v v^T is the leading right singular vector of the short form, up to its sign.
     v = gram[:, gram.diagonal().argmax()]
-    v = v / torch.linalg.vector_norm(v)
+    v = v / torch.linalg.vector_norm(v).clamp_min(1e-30)
     tall = weight.shape[0] >= weight.shape[1]
     u = (weight if tall else weight.t()) @ v
-    u = u / torch.linalg.vector_norm(u)
+    u = u / torch.linalg.vector_norm(u).clamp_min(1e-30)
     return (u, v) if tall else (v, u)
 
 
@@ -67,10 +68,12 @@ class _NormBound(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: Tensor) -> Tensor:
         bound, gram = _gram_power(weight)
-        ctx.save_for_backward(*_leading_pair(weight, gram))
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(*_leading_pair(weight, gram))
         return bound
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         return grad * torch.outer(*ctx.saved_tensors)
 
