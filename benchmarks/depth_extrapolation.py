@@ -55,7 +55,8 @@ def mean_error(rows: list[dict], name: str, size: int, depth: int | str | None, 
 
 def draw(task: Task, rows: list[dict], path: Path) -> None:
     """Error against difficulty at ``deep``, and against depth."""
-    figure, (left, beside) = plt.subplots(1, 2, figsize=(10, 3.8), dpi=130)
+    figure, (left, beside) = plt.subplots(1, 2, figsize=(12, 3.8), dpi=130, layout="constrained")
+    left.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     size, found = task.sizes[0], list(rows[0]["error"])
     for name, recipe in task.models.items():
         scores = np.array([mean_error(rows, name, size, deep(recipe), group) for group in found])  # (groups, seeds)
@@ -73,10 +74,13 @@ def draw(task: Task, rows: list[dict], path: Path) -> None:
     beside.set_xticks(FACTORS, [str(f) for f in FACTORS])
     beside.minorticks_off()
     for axes in (left, beside):
-        axes.set_ylim((-0.03, 1.03) if task.exact else (0.0, min(axes.get_ylim()[1], 2.0)))
+        if task.exact:
+            axes.set_ylim(-0.03, 1.03)
+        else:
+            axes.set_yscale("log")  # what was trained on and what was not are far apart
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=7, frameon=False, handlelength=3.5)  # long enough to tell a dashed line
-    figure.tight_layout()
+    beside.legend(fontsize=7, frameon=False, handlelength=3.5)  # long enough to tell a dashed line
+    figure.legend(*left.get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)

@@ -47,10 +47,7 @@ from benchmarks.tasks import TASKS, lab_parser
 
 QUICK_STEPS = 200
 ENDS = {"at least ": " (no control of the ladder reaches it)", "at most ": " (all are better)"}
-COLORS = (
-    *("#1b6ca8", "#66a5d9", "#2a9d8f", "#edae49", "#66a182", "#d1495b", "#7b6d8d", "#0b3954", "#8fd3c1", "#a0522d"),
-    *("#c9ada7", "#e76f51", "#577590"),
-)
+COLORS = plt.get_cmap("tab20").colors
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
