@@ -297,9 +297,13 @@ def test_certificate_holds_after_every_step_of_training(name, loss):
     assert 0.5 * trained.lipschitz_bound() < found <= trained.lipschitz_bound()
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_all_starts_reach_one_fixed_point_within_the_certified_distance(activation):
-    dynamics = looped(scale=2.0, activation=activation)
+@pytest.mark.parametrize(
+    "kw",
+    [*({"activation": name} for name in ACTIVATIONS), {"mode": "lipsdp"}, {"mode": "lipsdp", "skip": True}],
+    ids=lambda kw: "-".join(map(str, kw.values())),
+)
+def test_all_starts_reach_one_fixed_point_within_the_certified_distance(kw):
+    dynamics = looped(scale=2.0, **kw)
     h = torch.randn(6, D, generator=generator(), dtype=DOUBLE) * torch.logspace(-2, 2, 6, dtype=DOUBLE).unsqueeze(1)
     with torch.no_grad():
         loop = loop_for(dynamics, torch.randn(1, D, generator=generator(5), dtype=DOUBLE).expand(6, D))
