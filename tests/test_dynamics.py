@@ -25,6 +25,7 @@ from loopwm.dynamics import (
 from loopwm.dynamics.base import sample_norm
 from loopwm.dynamics.cell import ACTIVATIONS, INJECTIONS, LoopCell, PreparedLoop
 from loopwm.dynamics.depth import sample_depths
+from loopwm.dynamics.lipsdp import SLOPES
 from loopwm.dynamics.spectral import UnitSpectralNorm, spectral_norm_bound
 from loopwm.dynamics.unroll import unroll
 
@@ -172,7 +173,8 @@ def smooth_jacobian(loop: PreparedLoop, activation: str, h: torch.Tensor) -> tor
         slope = torch.sigmoid(4.0 * pre)
     else:
         slope = torch.func.vmap(torch.func.grad(ACTIVATIONS[activation][0]))(pre)
-    return torch.diag(loop.decay) + (loop.read * slope @ loop.write).t()
+    path = torch.diag(loop.decay) if loop.decay.ndim == 1 else loop.decay.t()
+    return path + (loop.read * slope @ loop.write).t()
 
 
 def adversarial(dynamics: LoopedDynamics, activation: str, seed: int, steps: int = 25) -> float:
@@ -207,10 +209,16 @@ def with_logs(dynamics: LoopedDynamics, log_rate: float | None, log_dt: float) -
     return dynamics
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "mode, skip, activation",
+    [
+        *(("certified", False, name) for name in ACTIVATIONS),
+        *(("lipsdp", skip, name) for skip in (False, True) for name in SLOPES),
+    ],
+)
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_one_loop_contracts_at_least_as_the_bound_says(weights, activation):
-    dynamics = WEIGHTS[weights]({"activation": activation})
+def test_one_loop_contracts_at_least_as_the_bound_says(weights, mode, skip, activation):
+    dynamics = WEIGHTS[weights]({"mode": mode, "skip": skip, "activation": activation})
     bound = dynamics.lipschitz_bound()
     assert 0.0 < bound < 1.0
     with torch.no_grad():

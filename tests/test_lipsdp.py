@@ -7,7 +7,6 @@ import pytest
 import torch
 from test_dynamics import (
     DOUBLE,
-    WEIGHTS,
     A,
     D,
     Z,
@@ -15,7 +14,6 @@ from test_dynamics import (
     generator,
     inputs,
     jacobian_norm,
-    loop_for,
     looped,
     sigma,
 )
@@ -74,11 +72,11 @@ def test_a_matrix_for_a_path_stays_within_its_share(size):
 
 
 def test_a_matrix_that_is_diagonal_is_the_decay():
-    """The closed form of the root and the Cholesky factor say the same."""
+    """Square roots of numbers and the Cholesky factor say the same."""
     read, write, decay, multipliers, _ = parts(1, 1.0)
     rho = torch.tensor(0.999, dtype=DOUBLE)
     one, other = (joint_scale(read, write, path, multipliers, rho) for path in (decay, torch.diag(decay)))
-    assert float(one) == pytest.approx(float(other), rel=2e-3)  # a root and a factor turn the matrix, and its bound
+    assert float(one) == pytest.approx(float(other), rel=1e-12)
     one, other = (joint_factor(read * 0.05, write * 0.05, path, multipliers) for path in (decay, torch.diag(decay)))
     assert one == pytest.approx(other, rel=1e-12)
 
@@ -189,24 +187,9 @@ def test_multipliers_of_any_size_certify(size):
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["decay", "skip"])
-@pytest.mark.parametrize("activation", ["relu", "tanh"])
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_one_loop_contracts_at_least_as_the_bound_says(weights, activation, skip):
-    dynamics = WEIGHTS[weights]({"activation": activation, "mode": "lipsdp", "skip": skip})
-    bound = dynamics.lipschitz_bound()
-    assert 0.0 < bound < 1.0
-    with torch.no_grad():
-        for seed in range(5):
-            h, e = torch.randn(2, 1, D, generator=generator(seed), dtype=DOUBLE) * 10 ** (seed - 2)
-            assert jacobian_norm(loop_for(dynamics, e), h[0]) <= bound + 1e-12
-    if not skip:
-        assert adversarial(dynamics, activation, seed=1) <= bound + 1e-12
-
-
-@pytest.mark.parametrize("skip", [False, True], ids=["decay", "skip"])
 @pytest.mark.parametrize("log_dt", [0.0, -8.0], ids=["fast", "slow"])
 def test_the_promise_is_kept_in_float32(log_dt, skip):
-    """Decays next to one make K nearly singular: where rounding is magnified most."""
+    """Decays next to one leave little of rho^2 - Abar^2: where rounding is magnified most."""
     for seed in range(20):
         torch.manual_seed(seed)
         dynamics = LoopedDynamics(Z, A, D, mode="lipsdp", skip=skip)
@@ -234,9 +217,8 @@ def test_training_that_wants_to_grow_stays_below_the_bound(skip):
     assert sigma(dynamics.cell.read.weight) > 2.0, "training pushed against the bound"
     assert dynamics.cell.log_multipliers.std() > 0.1, "the multipliers are learnt"
     assert dynamics.measured_contraction(z, action, 20) <= dynamics.lipschitz_bound() * (1 + 1e-3)
-    if not skip:
-        found = max(adversarial(dynamics.double(), "relu", seed) for seed in range(3))
-        assert 0.5 * dynamics.lipschitz_bound() < found <= dynamics.lipschitz_bound()
+    found = max(adversarial(dynamics.double(), "relu", seed) for seed in range(3))
+    assert 0.5 * dynamics.lipschitz_bound() < found <= dynamics.lipschitz_bound()
 
 
 def test_it_may_halt_by_its_certificate():

@@ -18,15 +18,16 @@ from loopwm.dynamics.looped import LoopedDynamics
 LOOP_WORDS = {p.name for p in signature(LoopedDynamics).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
-def equal_flops_width(parts: Architecture, loops: int) -> int:
-    """Total inner width of as many unlooped cells as ``loops`` loops have layers that cost what the loops do.
+def equal_flops_width(parts: Architecture, loops: int, cells: int) -> int:
+    """Total inner width of ``cells`` unlooped cells that cost what ``loops`` loops of the block do.
 
     The loop pays for the injection once, an unlooped cell always: with W1, W2 and U alike, 2 T + 1 against 3 T. A skip
-    costs either the same.
+    costs a layer or a cell D, whatever its width.
     """
     looped, once = parts.kind.flops
-    unit = parts.unit
-    return unit * max(1, round(parts.block_layers * parts.width * (looped * loops + once) / (looped + once) / unit))
+    unit, layers = parts.unit, parts.block_layers
+    skips = parts.skip * (loops * layers - cells) * parts.hidden_dim
+    return unit * max(1, round((layers * parts.width * (looped * loops + once) + skips) / (looped + once) / unit))
 
 
 def split_width(total: int, cells: int, unit: int) -> list[int]:
@@ -67,8 +68,8 @@ class StackedDynamics(nn.Module):
     @staticmethod
     def plan(parts: Architecture, loops: int) -> tuple[Architecture, list[int]]:
         """What to build in place of ``loops`` loops of ``parts``: sizes, and the inner width of each cell."""
-        total = equal_flops_width(parts, loops)
-        return parts, split_width(total, loops * parts.block_layers, parts.unit)
+        cells = loops * parts.block_layers
+        return parts, split_width(equal_flops_width(parts, loops, cells), cells, parts.unit)
 
     def forward(self, z: Tensor, action: Tensor, depth: Depth = None, h0: Tensor | None = None) -> DynamicsOutput:
         """Predict the next latent: z (B, Z), action (B, A) -> ``DynamicsOutput``; h0 as in ``LoopedDynamics``.
@@ -121,9 +122,7 @@ class WideDynamics(StackedDynamics):
 
     @staticmethod
     def plan(parts: Architecture, loops: int) -> tuple[Architecture, list[int]]:
-        unit, skips = parts.unit, parts.skip * (loops * parts.block_layers - 1)  # the loop's, which one layer has not
-        spared = round(skips * parts.hidden_dim / sum(parts.kind.flops) / unit)
-        return parts, [equal_flops_width(parts, loops) + unit * spared]
+        return parts, [equal_flops_width(parts, loops, 1)]
 
 
 class DeepThinDynamics(StackedDynamics):
