@@ -21,7 +21,7 @@ from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
 from agents.novelty import Novelty
 from agents.optim import EMATarget, FlatAdam
 from loopwm.config import PlannerConfig
-from loopwm.model.losses import masked_mean, weighted_sum, world_model_losses
+from loopwm.model.losses import masked_mean, spread_losses, weighted_sum, world_model_losses
 from loopwm.model.world_model import WorldModel
 from loopwm.training.replay import Batch
 
@@ -57,7 +57,7 @@ class PlannerAgent(ActingAgent):
         self.parameter_counts = {
             "encoder": _count(world_model.encoder),
             "dynamics": _count(world_model.dynamics),
-            "heads": _count(world_model.reward) + _count(world_model.continuation),
+            "heads": sum(_count(head) for head in world_model.heads()),
             "policy": _count(policy),
             "value": _count(value),
             "novelty": 0 if novelty is None else _count(novelty.predictor),
@@ -204,20 +204,24 @@ class PlannerAgent(ActingAgent):
         depth = model.dynamics.sample_depth(obs.shape[1], self.depth_generator)
         with model.frozen():
             rollout = model.rollout(model.encode(obs[0]), action, depth)
-            data = (z_target, reward, terminated, mask, self.depth_generator)
+            data = (z_target, reward, terminated, mask, self.depth_generator, obs if c.observation_weight else None)
             losses = world_model_losses(model, rollout, *data)
             weights = {
                 "consistency": c.consistency_weight,
                 "reward": c.reward_weight,
                 "continuation": c.continuation_weight,
             }
-            if "jacobian" in losses:  # in mode soft
-                weights["jacobian"] = c.jacobian_weight
+            for name, weight in (("jacobian", c.jacobian_weight), ("observation", c.observation_weight)):
+                if name in losses:  # the one in mode soft, the other with a weight
+                    weights[name] = weight
             if c.early_weight:
                 early = rollout.early(self.depth_generator)
                 early_losses = world_model_losses(model, early, *data)
                 losses |= {f"early_{name}": loss for name, loss in early_losses.items()}
                 weights |= {f"early_{name}": c.early_weight * weights[name] for name in early_losses}
+            if c.variance_weight or c.covariance_weight:
+                losses |= spread_losses(rollout.z)
+                weights |= {"variance": c.variance_weight, "covariance": c.covariance_weight}
             total = weighted_sum(losses, weights)
             self.model_optimizer.zero_grad()
             total.backward()

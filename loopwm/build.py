@@ -7,6 +7,7 @@ from torch import nn
 from loopwm.config import Config, ConfigError
 from loopwm.dynamics import DYNAMICS
 from loopwm.model import ENCODERS, WorldModel
+from loopwm.model.decoders import LinearDecoder
 
 
 def make_world_model(cfg: Config, obs_dim: int, action_dim: int) -> WorldModel:
@@ -17,7 +18,8 @@ def make_world_model(cfg: Config, obs_dim: int, action_dim: int) -> WorldModel:
         dynamics = _make_dynamics(cfg, action_dim, encoder.norm)
     except ValueError as error:
         raise ConfigError(f"dynamics={cfg.dynamics.name}: {error}") from None
-    return WorldModel(encoder, dynamics, cfg.agent.head_dim, activation=cfg.agent.activation)
+    decoder = LinearDecoder(e.latent_dim, obs_dim) if cfg.agent.observation_weight else None
+    return WorldModel(encoder, dynamics, cfg.agent.head_dim, decoder, cfg.agent.activation)
 
 
 def _make_dynamics(cfg: Config, action_dim: int, latent_norm: nn.Module) -> nn.Module:

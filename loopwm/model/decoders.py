@@ -24,4 +24,30 @@ class MLPDecoder(nn.Module):
         return (self.layers(z) - symlog(obs)).square().mean(-1)
 
 
+class LinearDecoder(nn.Module):
+    """z (..., Z) -> state observations (..., O): one matrix, so that what it reads lies open in the latent."""
+
+    LEAST_SPREAD = 0.1  # units of symlog(obs): an entry that varies less is hardly worth a latent
+
+    def __init__(self, latent_dim: int, obs_dim: int):
+        super().__init__()
+        self.layer = nn.Linear(latent_dim, obs_dim)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """The observation (..., O) in its own units."""
+        return symexp(self.layer(z))
+
+    def unexplained(self, z: Tensor, obs: Tensor, mask: Tensor) -> Tensor:
+        """Share of the variance of symlog(obs) over the valid rows that z leaves unexplained, mean over O: a scalar ().
+
+        So an entry counts by how much of it is known, not by its units. z (..., Z), obs (..., O), mask (...), 1: valid.
+        """
+        truth, valid = symlog(obs), mask.unsqueeze(-1)
+        rows = valid.sum().clamp_min(1.0)
+        mean = (truth * valid).flatten(0, -2).sum(0) / rows  # (O,)
+        variance = ((truth - mean).square() * valid).flatten(0, -2).sum(0) / rows
+        error = ((self.layer(z) - truth).square() * valid).flatten(0, -2).sum(0) / rows
+        return (error / (variance + self.LEAST_SPREAD**2)).mean()
+
+
 DECODERS: dict[str, type[nn.Module]] = {"mlp": MLPDecoder}

@@ -21,6 +21,7 @@ def world_model_losses(
     terminated: Tensor,
     mask: Tensor,
     generator: torch.Generator | None = None,
+    obs: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Consistency, reward and continuation at every step of a rollout; in mode ``soft`` the Jacobian's penalty too.
 
@@ -29,10 +30,12 @@ def world_model_losses(
         z_target: (H, B, Z) encodings of the observations that followed; no gradient passes through them.
         reward, terminated, mask: (H, B); mask is 1 while the sequence lies in its episode.
         generator: of the penalty's random vectors.
+        obs: (H + 1, B, O), which the model's ``LinearDecoder`` is to read off the rollout's latents; None: it is not.
 
     Returns:
         ``consistency`` squared latent error, mean over Z; ``reward`` two-hot cross-entropy; ``continuation`` binary
-        cross-entropy; ``jacobian``, in mode ``soft`` alone, see ``DynamicsOutput.jacobian_penalty``. Scalars ().
+        cross-entropy; ``jacobian``, in mode ``soft`` alone, see ``DynamicsOutput.jacobian_penalty``; ``observation``,
+        with ``obs`` alone, see ``LinearDecoder.unexplained``. Scalars ().
     """
     consistency = (rollout.z[1:] - z_target.detach()).square().mean(-1)  # (H, B)
     reward_loss = model.reward.code.loss(model.reward(rollout.h), reward)  # (H, B)
@@ -47,7 +50,26 @@ def world_model_losses(
     penalties = [out.jacobian_penalty(generator) for out in rollout.outputs if out.penalised]
     if penalties:
         losses["jacobian"] = masked_mean(torch.stack(penalties), mask)  # (H, B)
+    if obs is not None:
+        began = torch.ones_like(mask[:1])  # the first observation is always there
+        losses["observation"] = model.decoder.unexplained(rollout.z, obs, torch.cat([began, mask]))
     return losses
+
+
+def spread_losses(z: Tensor) -> dict[str, Tensor]:
+    """What keeps latents z (..., Z) of different states apart, as far as ``LatentNorm`` leaves them free.
+
+    A latent that is to be predicted is predicted best where it hardly varies, and ``LatentNorm`` does not prevent that:
+    a constant of mean 0 and variance 1 over its entries passes it. After VICReg (2105.04906, eq. 1 to 4).
+
+    Returns:
+        ``variance``: by how much the standard deviation over the rows falls short of one, mean over Z; ``covariance``:
+        squared covariances of two different entries, sum over Z of the mean over Z. Scalars ().
+    """
+    covariance = torch.cov(z.flatten(0, -2).T)  # (Z, Z)
+    variance = covariance.diagonal()
+    short = torch.relu(1.0 - (variance + 1e-4).sqrt()).mean()
+    return {"variance": short, "covariance": (covariance.square().sum() - variance.square().sum()) / len(variance)}
 
 
 def weighted_sum(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:

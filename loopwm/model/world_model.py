@@ -73,6 +73,10 @@ class WorldModel(nn.Module):
             if isinstance(rule, PredictionHalting) and rule.readout is None:
                 rule.read_off(self._readout)
 
+    def heads(self) -> list[nn.Module]:
+        """What is read off the latents and the loop's states."""
+        return [head for head in (self.reward, self.continuation, self.decoder) if head is not None]
+
     def encode(self, obs: Tensor) -> Tensor:
         """obs (..., O) -> z (..., Z)."""
         return self.encoder(obs)
