@@ -21,7 +21,8 @@ from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
 from agents.novelty import Novelty
 from agents.optim import EMATarget, FlatAdam
 from loopwm.config import PlannerConfig
-from loopwm.model.losses import masked_mean, spread_losses, weighted_sum, world_model_losses
+from loopwm.model.encoders import latent_spread
+from loopwm.model.losses import masked_mean, weighted_sum, world_model_losses
 from loopwm.model.world_model import WorldModel
 from loopwm.training.replay import Batch
 
@@ -219,9 +220,6 @@ class PlannerAgent(ActingAgent):
                 early_losses = world_model_losses(model, early, *data)
                 losses |= {f"early_{name}": loss for name, loss in early_losses.items()}
                 weights |= {f"early_{name}": c.early_weight * weights[name] for name in early_losses}
-            if c.variance_weight or c.covariance_weight:
-                losses |= spread_losses(rollout.z)
-                weights |= {"variance": c.variance_weight, "covariance": c.covariance_weight}
             total = weighted_sum(losses, weights)
             self.model_optimizer.zero_grad()
             total.backward()
@@ -304,7 +302,7 @@ class PlannerAgent(ActingAgent):
 
     @torch.no_grad()
     def diagnostics(self, replay: Any) -> dict[str, float]:
-        """See ``Agent.diagnostics``: what the loop does on a batch of real transitions."""
+        """See ``Agent.diagnostics``: what the loop does on real transitions, and how far latents are apart."""
         batch = replay.sample(256, 1, rng=np.random.default_rng(self.updates), uniform=True)
         z = self.encode(torch.as_tensor(batch.obs[0], device=self.device))
         action = torch.as_tensor(batch.action[0], device=self.device)
@@ -321,6 +319,7 @@ class PlannerAgent(ActingAgent):
             "loop/contraction_bound": dynamics.lipschitz_bound(),
             "loop/contraction_measured": dynamics.measured_contraction(z, action),
         }
+        found |= {f"latent/{name}": value for name, value in latent_spread(z).items()}
         return {name: value for name, value in found.items() if np.isfinite(value)}  # the controls certify nothing
 
     def state_dict(self) -> dict[str, Any]:

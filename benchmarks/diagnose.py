@@ -6,6 +6,9 @@ Each run plays episodes by its policy alone, and what it imagined on the way is 
 
 - model: reward and latent, 1 to 10 steps open loop under the actions that were taken, as a share of their variance
   left unexplained (1: no better than their mean), at the planner's own number of loops and at twice as many;
+- latents: how much they differ from state to state (1 at most, by the latent norm) and in how many directions; how much
+  of the observation a linear readout misses, fitted on some episodes and held against others; and the error of one
+  step as a share of the step (1: no better than to predict that nothing moves);
 - value: the mean of both values against the discounted return that followed, where so much of the episode was left
   that all but a twentieth of it is known; no figure where episodes are too short for that. Values learn of actions with
   the target's noise (``smooth_std``), so the same of episodes with that noise says how much of the bias is its doing;
@@ -33,11 +36,13 @@ from benchmarks.harness import interval, parser, report
 from envs import TaskError, make_vector_env
 from loopwm.config import ConfigError
 from loopwm.inspect.measure import unexplained
+from loopwm.model.encoders import latent_spread, symlog
 from loopwm.training.checkpoint import CheckpointError
 from loopwm.training.rollout import rollout
 
 STEPS = (1, 3, 5, 10)  # ahead
 SEED = 2**35  # of the episodes: neither training nor evaluation has them
+UNVARIED = 1e-4  # variance of an entry of symlog(obs) that is as good as constant
 TAIL = 0.05  # share of a discounted return that may lie beyond the end of its episode
 
 
@@ -109,6 +114,26 @@ def model_errors(agent: PlannerAgent, data: Episodes, depth: int | None) -> dict
     return found
 
 
+def latent_quality(agent: PlannerAgent, data: Episodes, depth: int | None) -> dict[str, float]:
+    """What the latents keep of the observations, and whether the model knows where they move.
+
+    A latent that is trained to be predicted keeps least what is hard to predict, and may collapse altogether.
+    """
+    z = agent.encode(data.obs)  # (T, E, Z)
+    found = {f"latent, {name}": value for name, value in latent_spread(z).items()}
+    ahead = agent.slow_model.dynamics(z[:-1].flatten(0, 1), data.action[:-1].flatten(0, 1), depth).z_next
+    error = (ahead - z[1:].flatten(0, 1)).square().sum()
+    found["latent, error of a step"] = float(error / (z[1:] - z[:-1]).square().sum())
+    if z.shape[1] > 1:
+        halves = [torch.cat([z, torch.ones_like(z[..., :1])], -1)[:, half::2].flatten(0, 1) for half in (0, 1)]
+        seen, unseen = (symlog(data.obs)[:, half::2].flatten(0, 1) for half in (0, 1))
+        kept = unseen.var(0) > UNVARIED
+        readout = torch.linalg.lstsq(halves[0].double(), seen[:, kept].double(), driver="gelsd").solution
+        missed = (halves[1].double() @ readout - unseen[:, kept]).square().mean(0) / unseen[:, kept].var(0)
+        found["observation, unread"] = float(missed.clamp_max(1.0).mean())
+    return found
+
+
 def value_errors(agent: PlannerAgent, data: Episodes) -> dict[str, float]:
     """Bias, error and correlation of the value with the discounted return of the policy that it should foretell.
 
@@ -169,6 +194,7 @@ def diagnose(run_dir: Path, episodes: int) -> dict[str, Any]:
     found |= value_errors(policy, data)
     noisy = value_errors(policy, play(policy, *envs, episodes, noisy=True))
     found |= {f"{name}, with the target's noise": noisy[name] for name in noisy if "return" in name}
+    found |= latent_quality(agent, data, depth)
     found |= model_errors(agent, data, depth) | plan_errors(agent, data, depth)
     if depth:
         found |= {f"{name}, twice the loops": v for name, v in model_errors(agent, data, 2 * depth).items()}

@@ -159,8 +159,6 @@ class PlannerConfig(Section):
     reward_weight: NonNegative = 0.2  # weight of the reward loss, no unit
     continuation_weight: NonNegative = 0.2  # weight of the continuation loss, no unit
     observation_weight: NonNegative = 0.0  # weight of the loss of the observation read off imagined latents, no unit
-    variance_weight: NonNegative = 0.0  # weight of the loss that keeps latents of different states apart, no unit
-    covariance_weight: NonNegative = 0.0  # weight of the loss that keeps their entries from saying the same, no unit
     jacobian_weight: NonNegative = 0.1  # weight of the penalty on the loop's Jacobian in mode soft, no unit
     policy_horizon: Whole = 0  # imagined steps that the policy's gradient goes through, agent steps; 0: the value's
     policy_std: NonNegative = 0.0  # noise on actions the policy learns by, action units (discrete: probability)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from benchmarks import branches, compare, depth_dial, diagnose, harness, policy_
 from benchmarks.diagnose import Episodes
 from envs import make_env
 from loopwm.config import load_config, read_config, save_config
+from loopwm.model.encoders import symlog
 from loopwm.training.run_dir import changed_settings
 
 TINY = ["task=dmc/x-y", "size=small"]
@@ -249,6 +251,26 @@ def test_unexplained_is_a_share_of_the_variance():
     truth = torch.tensor([0.0, 2.0])
     assert diagnose.unexplained(truth, truth) == 0.0
     assert diagnose.unexplained(truth.mean().expand(2), truth) == pytest.approx(1.0)
+
+
+def test_latents_are_held_against_the_observations_and_their_own_steps():
+    agent = make_agent(load_config(TINY), 3, 2, False)
+    obs = torch.randn(30, 4, 3, generator=torch.Generator().manual_seed(0))
+    data = Episodes(obs, torch.zeros(30, 4, 2), torch.ones(30, 4))
+    wide = torch.eye(3, 6)
+    with torch.no_grad():
+        agent.encode = lambda seen: symlog(seen) @ wide  # which tells everything
+        agent.slow_model = SimpleNamespace(dynamics=lambda z, action, depth: SimpleNamespace(z_next=z))  # all stays
+        found = diagnose.latent_quality(agent, data, 2)
+        assert found["observation, unread"] == pytest.approx(0.0, abs=1e-6)
+        assert found["latent, error of a step"] == pytest.approx(1.0)
+        assert 2.0 < found["latent, rank"] <= 3.0
+        agent.encode = lambda seen: torch.ones(*seen.shape[:-1], 6)  # which tells nothing
+        found = diagnose.latent_quality(agent, data, 2)
+        assert found["observation, unread"] == pytest.approx(1.0, abs=0.1)
+        assert found["latent, variance"] == found["latent, rank"] == 0.0
+        alone = Episodes(*(x[:, :1] for x in data))
+        assert "observation, unread" not in diagnose.latent_quality(agent, alone, 2), "no other episode to try it on"
 
 
 def test_a_value_is_held_against_the_return_that_followed():

@@ -1150,6 +1150,26 @@ def test_settings_of_the_loop_reach_it_and_train(settings):
     check_actions(agent.act(observations()), False)
 
 
+@KINDS
+def test_latents_learn_to_tell_the_observation_where_that_has_a_weight(discrete, tmp_path):
+    ends = []
+    for weight in (0.0, 1e-9, 1.0):
+        agent = make(discrete, observation_weight=weight, early_weight=0.5)
+        metrics = agent.update(filled_replay(discrete))
+        told = {name for name in metrics if "observation" in name}
+        assert told == ({"loss/observation", "loss/early_observation"} if weight else set())
+        assert (agent.world_model.decoder is None) == (weight == 0.0)
+        ends.append(weights(agent))
+    assert "model" in changed(*ends[1:])
+    counts = dict(agent.parameter_counts)
+    assert counts.pop("total") == sum(counts.values())
+    assert counts["heads"] - make(discrete).parameter_counts["heads"] == 6 * OBS + OBS
+    assert {"latent/variance", "latent/rank"} <= agent.diagnostics(filled_replay(discrete)).keys()
+    again = make(discrete, observation_weight=1.0, early_weight=0.5, seed=1)
+    again.load_state_dict(agent.state_dict())
+    assert same(agent.state_dict(), again.state_dict())
+
+
 @pytest.mark.parametrize("mode", ["certified", "soft"])
 def test_an_earlier_loop_is_trained_where_it_has_a_weight(mode):
     ends = []

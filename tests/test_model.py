@@ -9,7 +9,8 @@ from torch import nn
 
 from loopwm.dynamics import DYNAMICS, DynamicsOutput
 from loopwm.model import ENCODERS, MLPEncoder, Rollout, WorldModel
-from loopwm.model.encoders import LatentNorm, mlp, symlog
+from loopwm.model.decoders import LinearDecoder
+from loopwm.model.encoders import LatentNorm, latent_spread, mlp, symlog
 from loopwm.model.heads import ContinuationHead, RewardHead, TwoHot, symexp
 from loopwm.model.losses import masked_mean, weighted_sum, world_model_losses
 
@@ -228,6 +229,61 @@ def test_masked_steps_contribute_nothing(name):
         case["rollout"].z[-1, 1], case["rollout"].h[-1, 1], case["z_target"][-1, 1] = -4.0, -4.0, 11.0
     case["reward"][-1, 1], case["terminated"][-1, 1] = -7.0, 0.0
     assert torch.equal(world_model_losses(**case)[name], loss)
+
+
+def test_a_linear_readout_is_judged_by_the_share_of_each_entrys_variance():
+    """Entries of variance 1 and 4; a constant two above the mean of the first: (1 + 4) / 1.01 and 4 / 4.01."""
+    decoder, symlogs = LinearDecoder(2, 2), torch.tensor([[[-1.0, -2.0]], [[1.0, 2.0]]])  # (2, 1, O)
+    obs, mask = symexp(symlogs), torch.ones(2, 1)
+    with torch.no_grad():
+        decoder.layer.weight.zero_()
+        decoder.layer.bias.copy_(torch.tensor([2.0, 0.0]))
+    assert float(decoder.unexplained(symlogs, obs, mask).detach()) == pytest.approx((5 / 1.01 + 4 / 4.01) / 2)
+    assert torch.allclose(decoder(symlogs), symexp(torch.tensor([2.0, 0.0])).expand(2, 1, 2))
+    with torch.no_grad():
+        decoder.layer.weight.copy_(torch.eye(2))
+        decoder.layer.bias.zero_()
+    assert float(decoder.unexplained(symlogs, obs, mask).detach()) == pytest.approx(0.0, abs=1e-9)
+    padded = [torch.cat([x, torch.full_like(x[:1], 9.0)]) for x in (symlogs + 0.5, obs)]
+    found = decoder.unexplained(*padded, torch.tensor([[1.0], [1.0], [0.0]]))
+    assert torch.equal(found, decoder.unexplained(symlogs + 0.5, obs, mask)), "invalid rows count for nothing"
+    assert float(decoder.unexplained(symlogs, obs, 0 * mask).detach()) == 0.0
+
+
+def test_the_readout_trains_latents_and_what_predicts_them():
+    model, (first, actions) = make(), inputs()
+    stream = torch.Generator().manual_seed(1)
+    later = [torch.randn(first.shape, generator=stream, dtype=first.dtype) for _ in actions]
+    obs = torch.stack([first, *later])  # (H + 1, B, O)
+    model.decoder = LinearDecoder(model.encode(obs[0]).shape[-1], obs.shape[-1]).double()
+    rollout = model.rollout(model.encode(obs[0]), actions)
+    ones = torch.ones(actions.shape[:2])
+    before = world_model_losses(model, rollout, model.encode(obs[1:]), ones, 0 * ones, ones)
+    losses = world_model_losses(model, rollout, model.encode(obs[1:]), ones, 0 * ones, ones, obs=obs)
+    assert tuple(losses) == (*NAMES, "observation") and all(torch.equal(before[n], losses[n]) for n in NAMES)
+    losses["observation"].backward()
+    for part in (model.encoder, model.dynamics, model.decoder):
+        assert any(p.grad is not None and p.grad.any() for p in part.parameters())
+    ended = ones.clone()
+    ended[-1, 0] = 0.0
+    changed = obs.clone()
+    changed[-1, 0] = 50.0
+    assert torch.equal(
+        *(
+            world_model_losses(model, rollout, model.encode(obs[1:]), ones, 0 * ones, ended, obs=seen)["observation"]
+            for seen in (obs, changed)
+        )
+    ), "what follows an episode's end is not to be read"
+
+
+def test_how_far_latents_are_apart():
+    assert latent_spread(torch.eye(3)[:1].expand(5, 3)) == {"variance": 0.0, "rank": 0.0}
+    line = torch.linspace(-1.0, 1.0, 5)[:, None] * torch.tensor([1.0, 2.0, 0.0])
+    assert latent_spread(line) == {"variance": pytest.approx(0.625 * 5 / 3), "rank": pytest.approx(1.0)}
+    sphere = LatentNorm(8)(torch.randn(40, 500, 8, generator=torch.Generator().manual_seed(0)))
+    found = latent_spread(sphere)
+    assert found["variance"] == pytest.approx(1.0, rel=1e-3), "the most that the norm allows"
+    assert found["rank"] == pytest.approx(7.0, rel=1e-2), "of 8, since their mean is zero"
 
 
 def test_no_gradient_through_targets():

@@ -565,6 +565,7 @@ def test_tensorboard_says_what_metrics_jsonl_says(straight):
             "loop/contraction_bound",
             "loop/contraction_measured",
         ),
+        *("latent/variance", "latent/rank"),
         *("time/frames_per_second", "time/env_seconds", "time/act_seconds", "time/update_seconds"),
     ):
         assert wanted in tags

@@ -23,6 +23,22 @@ class LatentNorm(nn.Module):
         return nn.functional.layer_norm(z, self.shape)
 
 
+def latent_spread(z: Tensor) -> dict[str, float]:
+    """How latents z (..., Z), from two rows on, differ from one another.
+
+    Latents that are trained to be predicted are predicted best where they are all alike, and a constant vector passes
+    ``LatentNorm``: so look.
+
+    Returns:
+        ``variance``: over the rows, mean over Z; with ``LatentNorm`` at most 1, up to n / (n - 1) for n rows. ``rank``:
+        in how many directions alike they would have to vary to vary as they do, from 1 to Z (0: nowhere); the
+        participation ratio of the covariance's eigenvalues, (their sum)^2 over the sum of their squares.
+    """
+    covariance = torch.cov(z.flatten(0, -2).T)  # (Z, Z)
+    total, squares = float(covariance.trace()), float(covariance.square().sum())
+    return {"variance": total / len(covariance), "rank": total**2 / squares if squares > 0.0 else 0.0}
+
+
 def symlog(x: Tensor) -> Tensor:
     """sign(x) log(1 + |x|), the compression of DreamerV3 (2301.04104, eq. 9)."""
     return torch.sign(x) * torch.log1p(torch.abs(x))

@@ -56,22 +56,6 @@ def world_model_losses(
     return losses
 
 
-def spread_losses(z: Tensor) -> dict[str, Tensor]:
-    """What keeps latents z (..., Z) of different states apart, as far as ``LatentNorm`` leaves them free.
-
-    A latent that is to be predicted is predicted best where it hardly varies, and ``LatentNorm`` does not prevent that:
-    a constant of mean 0 and variance 1 over its entries passes it. After VICReg (2105.04906, eq. 1 to 4).
-
-    Returns:
-        ``variance``: by how much the standard deviation over the rows falls short of one, mean over Z; ``covariance``:
-        squared covariances of two different entries, sum over Z of the mean over Z. Scalars ().
-    """
-    covariance = torch.cov(z.flatten(0, -2).T)  # (Z, Z)
-    variance = covariance.diagonal()
-    short = torch.relu(1.0 - (variance + 1e-4).sqrt()).mean()
-    return {"variance": short, "covariance": (covariance.square().sum() - variance.square().sum()) / len(variance)}
-
-
 def weighted_sum(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     """One scalar from named losses.
 
