@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +64,33 @@ class Changes(NamedTuple):
     worth: dict[str, Tensor]  # by the names of ``TRUTHS``: (S, K)
 
 
+def changed_actions(
+    agent: PlannerAgent, env: Any, task: str, states: int, changes: int
+) -> Iterator[tuple[int, list[np.ndarray], np.ndarray, np.ndarray]]:
+    """Of each of ``states`` episodes of the policy, left at a step of its own: its seed, the actions so far, the
+    observation (O,) that they led to, and ``changes`` actions (K, A) near the policy's there.
+
+    Raises:
+        TaskError: discrete actions, which have no small changes; or all episodes are over before a state was taken.
+    """
+    if agent.discrete:
+        raise TaskError(f"{task}: its actions are discrete, and have no small changes")
+    rng, taken = np.random.default_rng(SEED), 0
+    for seed in range(SEED, SEED + states):
+        obs, past = env.reset(seed=seed)[0], []
+        for _ in range(int(rng.integers(1, LATEST))):
+            past.append(_act_of(agent, obs))
+            obs, _, terminated, truncated, _ = env.step(past[-1])
+            if terminated or truncated:
+                break
+        else:
+            own, taken = _act_of(agent, obs), taken + 1
+            action = np.clip(own + CHANGE * rng.standard_normal((changes, len(own))), -1.0, 1.0).astype(np.float32)
+            yield seed, past, obs, action
+    if not taken:
+        raise TaskError(f"{task}: episodes are over within {LATEST} steps, before a state was taken")
+
+
 @torch.no_grad()
 def play_changes(agent: PlannerAgent, task: str, repeat: int, states: int, changes: int) -> Changes:
     """From ``states`` episodes, each left at a step of its own.
@@ -73,25 +101,11 @@ def play_changes(agent: PlannerAgent, task: str, repeat: int, states: int, chang
     Raises:
         TaskError: discrete actions, which have no small changes; or all episodes are over before a state was taken.
     """
-    if agent.discrete:
-        raise TaskError(f"{task}: its actions are discrete, and have no small changes")
-    rng = np.random.default_rng(SEED)
     env, rows = make_env(task, action_repeat=repeat, seed=SEED), []
-    for state in range(states):
-        obs, past = env.reset(seed=SEED + state)[0], []
-        for _ in range(int(rng.integers(1, LATEST))):
-            past.append(_act_of(agent, obs))
-            obs, _, terminated, truncated, _ = env.step(past[-1])
-            if terminated or truncated:
-                break
-        else:
-            own = _act_of(agent, obs)
-            action = np.clip(own + CHANGE * rng.standard_normal((changes, len(own))), -1.0, 1.0).astype(np.float32)
-            worth = [_worth(agent, env, SEED + state, [*past, first]) for first in action]
-            rows.append((obs, action, np.array(worth)))
+    for seed, past, obs, action in changed_actions(agent, env, task, states, changes):
+        worth = [_worth(agent, env, seed, [*past, first]) for first in action]
+        rows.append((obs, action, np.array(worth)))
     env.close()
-    if not rows:
-        raise TaskError(f"{task}: episodes are over within {LATEST} steps, before a state was taken")
     obs, action, worth = (torch.from_numpy(np.array(column, np.float32)) for column in zip(*rows, strict=True))
     return Changes(obs, action, {name: worth[:, :, i] for i, name in enumerate(TRUTHS)})
 

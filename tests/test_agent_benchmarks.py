@@ -12,7 +12,7 @@ from scipy import stats
 from training_tools import CARTPOLE, SWINGUP, forbid_filming, run
 
 from agents import make_agent
-from benchmarks import branches, compare, depth_dial, diagnose, harness, policy_gradients, returns
+from benchmarks import action_effects, branches, compare, depth_dial, diagnose, harness, policy_gradients, returns
 from benchmarks.diagnose import Episodes
 from envs import make_env
 from loopwm.config import load_config, read_config, save_config
@@ -464,6 +464,43 @@ def test_nothing_is_worth_anything_after_a_termination():
     agent = make_agent(load_config(["task=gym/Pendulum-v1", "size=small", "agent.discount=0.5"]), 3, 1, False)
     agent.state_value = lambda z: torch.full(z.shape[:-1], 100.0)
     assert policy_gradients._worth(agent, Short(), 0, [np.zeros(1)]) == (1.875, 1.875)
+
+
+def test_effects_of_actions_that_are_known_and_unknown():
+    """Latents are the observations and a step adds the action; the value is the first latent."""
+    agent = make_agent(load_config([*TINY, "agent.discount=0.5"]), 3, 3, False)
+    stream = torch.Generator().manual_seed(0)
+    obs, action = torch.randn(6, 3, generator=stream), torch.randn(6, 5, 3, generator=stream)
+    after, reward = obs.unsqueeze(1) + action, torch.randn(6, 5, generator=stream)
+    agent.encode = lambda seen: seen
+    agent.state_value = lambda z: z[..., 0]
+    agent.pair = lambda z, action: torch.cat([z, action], -1)
+    known = reward.flatten() + 0.5 * after[..., 0].flatten()
+    agent.value = SimpleNamespace(values=lambda pair: torch.stack([known, known]))
+
+    def found(step):
+        agent.slow_model = SimpleNamespace(dynamics=lambda z, action, depth: SimpleNamespace(z_next=step(z, action)))
+        return list(action_effects.effects(agent, obs, action, reward, after).values())
+
+    assert found(lambda z, action: z + action) == pytest.approx([1.0, 1.0, 1.0])
+    assert found(lambda z, action: z) == pytest.approx([0.0, 0.0, 1.0], abs=1e-6)
+    assert found(lambda z, action: z - action) == pytest.approx([-3.0, -1.0, 1.0])
+    assert found(lambda z, action: z + action + 7.0) == pytest.approx([1.0, 1.0, 1.0]), "an error for all alike is none"
+
+
+def test_effects_of_a_runs_actions(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(policy_gradients, "LATEST", 20)
+    forbid_filming(monkeypatch)
+    assert run(tmp_path / "run", *SWINGUP[2:], "task=gym/Pendulum-v1", "frames=60") == 0
+    found = tmp_path / "found.json"
+    assert action_effects.main([str(tmp_path / "run"), "--quick", "--json", str(found)]) == 0
+    (row,) = json.loads(found.read_text())["rows"]
+    assert row["states"] == 8 and all(row[name] <= 1.0 for name in action_effects.MEASURES)
+    capsys.readouterr()
+    assert action_effects.main([str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.startswith("action_effects: ")
+    with pytest.raises(SystemExit, match="2"):
+        action_effects.main([str(tmp_path / "run"), "--changes", "1"])
 
 
 def test_gradients_of_a_run_are_compared(tmp_path, capsys, monkeypatch):

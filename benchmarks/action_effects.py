@@ -1,0 +1,108 @@
+"""Does the model know what an action does, one step ahead? What a plan chooses by.
+
+python -m benchmarks.action_effects runs/x runs/y
+
+From states that a run's policy comes to, the simulator plays small changes of the next action, as in
+``benchmarks.policy_gradients``; what they led to stands against what was foretold, over the changes of one state:
+
+- latent: the share that the model explains of how the next latents differ (1: all; 0: no better than their mean);
+- value, by the model: correlation of the value of the latent that it imagines with that of the real one;
+- action value: correlation of the mean of both values of the action with the reward and the value after it, which they
+  learn to be.
+
+Means over the states, of ``latent`` the median: where nothing moves, errors are large shares of next to nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents import PlannerAgent, load_agent
+from benchmarks.diagnose import SEED
+from benchmarks.harness import interval, parser, report
+from benchmarks.policy_gradients import agreement, changed_actions
+from envs import TaskError, make_env
+from loopwm.config import ConfigError
+from loopwm.training.checkpoint import CheckpointError
+
+MEASURES = ("latent", "value, by the model", "action value")
+
+
+def explained(found: Tensor, truth: Tensor) -> float:
+    """Share of the differences within the rows of truth (S, K, Z) that found (S, K, Z) explains, the median over S."""
+    found, truth = (x - x.mean(1, keepdim=True) for x in (found, truth))
+    spread = truth.square().sum((1, 2)).clamp_min(1e-12)
+    return float((1.0 - (found - truth).square().sum((1, 2)) / spread).median())
+
+
+@torch.no_grad()
+def effects(agent: PlannerAgent, obs: Tensor, action: Tensor, reward: Tensor, after: Tensor) -> dict[str, float]:
+    """``MEASURES`` for obs (S, O), action (S, K, A), reward (S, K) and the observations after them, (S, K, O)."""
+    states, changes = reward.shape
+    z = agent.encode(obs).repeat_interleave(changes, 0)  # (S * K, Z)
+    flat, depth = action.flatten(0, 1), agent.config.plan_loops or None
+    real = agent.encode(after)  # (S, K, Z)
+    imagined = agent.slow_model.dynamics(z, flat, depth).z_next.view_as(real)
+    worth = agent.state_value(real)  # (S, K)
+    value = agent.value.values(agent.pair(z, flat)).mean(0).view(states, changes)
+    learnt = reward + agent.config.discount * worth
+    found = (explained(imagined, real), agreement(agent.state_value(imagined), worth), agreement(value, learnt))
+    return dict(zip(MEASURES, found, strict=True))
+
+
+def measure(run_dir: Path, states: int, changes: int) -> dict[str, Any]:
+    """A row for one run."""
+    agent, cfg, frames = load_agent(run_dir)
+    env, rows = make_env(cfg.task.id, action_repeat=cfg.task.action_repeat, seed=SEED), []
+    for seed, past, obs, action in changed_actions(agent, env, cfg.task.id, states, changes):
+        reward, after = [], []
+        for first in action:
+            env.reset(seed=seed)
+            for earlier in past:
+                env.step(earlier)
+            came = env.step(first)
+            after.append(came[0])
+            reward.append(came[1])
+        rows.append((obs, action, reward, after))
+    env.close()
+    found = effects(agent, *(torch.from_numpy(np.array(c, np.float32)) for c in zip(*rows, strict=True)))
+    names = {"run": run_dir.name, "task": cfg.task.id, "seed": cfg.seed, "frames": frames, "states": len(rows)}
+    return names | {name: round(value, 3) for name, value in found.items()}
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 measured, 2 something to correct."""
+    p = parser(__doc__.splitlines()[0])
+    p.add_argument("run_dirs", nargs="+", type=Path)
+    p.add_argument("--states", type=int, default=64, help="of each run, from an episode each")
+    p.add_argument("--changes", type=int, default=16, help="of the action in each state")
+    args = p.parse_args(arguments)
+    if args.states < 1 or args.changes < 2:
+        p.error("--states must be at least 1, --changes at least 2")
+    states, changes = (8, 4) if args.quick else (args.states, args.changes)
+    try:
+        rows = [measure(run_dir, states, changes) for run_dir in args.run_dirs]
+    except (CheckpointError, ConfigError, TaskError, OSError) as error:
+        print(f"action_effects: {error}", file=sys.stderr)
+        return 2
+    for row in rows:
+        print(json.dumps(row))
+    headline = {name: interval([row[name] for row in rows]) for name in MEASURES}
+    verdict = (
+        f"Over {len(rows)} runs the model explains {headline['latent']['value']} of what an action changes in the next "
+        f"latent; its value there agrees with the real one's by {headline['value, by the model']['value']}, and the "
+        f"action's own value with what it is to learn by {headline['action value']['value']}."
+    )
+    report("action_effects", args, sorted({row["seed"] for row in rows}), rows, headline, verdict)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
