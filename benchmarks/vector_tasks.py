@@ -55,6 +55,8 @@ SKIPPING = {
     "looped, lipsdp, skip": replace(MODELS["looped, lipsdp"], skip=True),
     "looped, lipsdp, skip, fixed depth": replace(MODELS["looped, lipsdp"], skip=True, fixed=True),
     "looped, lipsdp, skip, a loop a step": replace(MODELS["looped, lipsdp"], skip=True, timed=True),
+    "looped, linear, skip": replace(MODELS["looped, linear"], skip=True),
+    "looped, linear, skip, a loop a step": replace(MODELS["looped, linear"], skip=True, timed=True),
     "looped, linear, skip, fixed depth": replace(MODELS["looped, linear"], skip=True, fixed=True),
     "stacked, skip": replace(MODELS["stacked"], skip=True),
 }
