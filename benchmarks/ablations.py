@@ -51,6 +51,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "policy_alone": ("agent.plan_samples=0",),
     "fewer_plans": ("agent.plan_samples=64",),
     "more_plans": ("agent.plan_iterations=3",),
+    "observations_read": ("agent.observation_weight=0.1",),
     "wide_latent": ("encoder.latent_dim=128",),
     "fixed_depth": ("dynamics.depth_sampler=fixed",),
     "two_loops": ("dynamics.mean_loops=2", "agent.plan_loops=2"),
