@@ -106,7 +106,7 @@ def test_summary_and_metrics(finished):
     found = lines(finished)
     assert found[-1]["eval/return"] == pytest.approx(summary["eval_return_mean"], abs=1e-3)
     assert all(
-        tag.split("/")[0] in ("train", "eval", "loss", "loop", "time")
+        tag.split("/")[0] in ("train", "eval", "loss", "loop", "latent", "time")
         for one in found
         for tag in one
         if tag != "frames"
