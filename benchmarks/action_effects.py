@@ -26,8 +26,8 @@ from torch import Tensor
 
 from agents import PlannerAgent, load_agent
 from benchmarks.diagnose import SEED
-from benchmarks.harness import interval, parser, report
-from benchmarks.policy_gradients import agreement, changed_actions
+from benchmarks.harness import interval, report
+from benchmarks.policy_gradients import agreement, asked, changed_actions
 from envs import TaskError, make_env
 from loopwm.config import ConfigError
 from loopwm.training.checkpoint import CheckpointError
@@ -79,14 +79,7 @@ def measure(run_dir: Path, states: int, changes: int) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 measured, 2 something to correct."""
-    p = parser(__doc__.splitlines()[0])
-    p.add_argument("run_dirs", nargs="+", type=Path)
-    p.add_argument("--states", type=int, default=64, help="of each run, from an episode each")
-    p.add_argument("--changes", type=int, default=16, help="of the action in each state")
-    args = p.parse_args(arguments)
-    if args.states < 1 or args.changes < 2:
-        p.error("--states must be at least 1, --changes at least 2")
-    states, changes = (8, 4) if args.quick else (args.states, args.changes)
+    args, states, changes = asked(__doc__, arguments)
     try:
         rows = [measure(run_dir, states, changes) for run_dir in args.run_dirs]
     except (CheckpointError, ConfigError, TaskError, OSError) as error:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,16 +171,21 @@ def compare(run_dir: Path, states: int, changes: int) -> list[dict[str, Any]]:
     return rows
 
 
-def main(arguments: list[str]) -> int:
-    """Exit code: 0 measured, 2 something to correct."""
-    p = parser(__doc__.splitlines()[0])
+def asked(doc: str, arguments: list[str]) -> tuple[Namespace, int, int]:
+    """The command line of a benchmark that plays changes: (all of it, states of each run, changes in each state)."""
+    p = parser(doc.splitlines()[0])
     p.add_argument("run_dirs", nargs="+", type=Path)
     p.add_argument("--states", type=int, default=128, help="of each run, from an episode each")
     p.add_argument("--changes", type=int, default=16, help="of the action in each state")
     args = p.parse_args(arguments)
     if args.states < 1 or args.changes < 2:
         p.error("--states must be at least 1, --changes at least 2")
-    states, changes = (8, 4) if args.quick else (args.states, args.changes)
+    return args, *((8, 4) if args.quick else (args.states, args.changes))
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 measured, 2 something to correct."""
+    args, states, changes = asked(__doc__, arguments)
     try:
         rows = [row for run_dir in args.run_dirs for row in compare(run_dir, states, changes)]
     except (CheckpointError, ConfigError, TaskError, OSError) as error:
