@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,10 @@ def explained(found: Tensor, truth: Tensor) -> float:
 
 
 @torch.no_grad()
-def effects(agent: PlannerAgent, obs: Tensor, action: Tensor, reward: Tensor, after: Tensor) -> dict[str, float]:
-    """``MEASURES`` for obs (S, O), action (S, K, A), reward (S, K) and the observations after them, (S, K, O)."""
+def effects(
+    agent: PlannerAgent, obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, after: Tensor
+) -> dict[str, float]:
+    """``MEASURES`` for obs (S, O), action (S, K, A), reward and terminated (S, K), observations after (S, K, O)."""
     states, changes = reward.shape
     z = agent.encode(obs).repeat_interleave(changes, 0)  # (S * K, Z)
     flat, depth = action.flatten(0, 1), agent.config.plan_loops or None
@@ -52,7 +55,7 @@ def effects(agent: PlannerAgent, obs: Tensor, action: Tensor, reward: Tensor, af
     imagined = agent.slow_model.dynamics(z, flat, depth).z_next.view_as(real)
     worth = agent.state_value(real)  # (S, K)
     value = agent.value.values(agent.pair(z, flat)).mean(0).view(states, changes)
-    learnt = reward + agent.config.discount * worth
+    learnt = reward + agent.config.discount * (1.0 - terminated) * worth
     found = (explained(imagined, real), agreement(agent.state_value(imagined), worth), agreement(value, learnt))
     return dict(zip(MEASURES, found, strict=True))
 
@@ -60,18 +63,17 @@ def effects(agent: PlannerAgent, obs: Tensor, action: Tensor, reward: Tensor, af
 def measure(run_dir: Path, states: int, changes: int) -> dict[str, Any]:
     """A row for one run."""
     agent, cfg, frames = load_agent(run_dir)
-    env, rows = make_env(cfg.task.id, action_repeat=cfg.task.action_repeat, seed=SEED), []
-    for seed, past, obs, action in changed_actions(agent, env, cfg.task.id, states, changes):
-        reward, after = [], []
-        for first in action:
-            env.reset(seed=seed)
-            for earlier in past:
-                env.step(earlier)
-            came = env.step(first)
-            after.append(came[0])
-            reward.append(came[1])
-        rows.append((obs, action, reward, after))
-    env.close()
+    rows = []
+    with closing(make_env(cfg.task.id, action_repeat=cfg.task.action_repeat, seed=SEED)) as env:
+        for seed, past, obs, action in changed_actions(agent, env, cfg.task.id, states, changes):
+            came = []
+            for first in action:
+                env.reset(seed=seed)
+                for earlier in past:
+                    env.step(earlier)
+                came.append(env.step(first)[:3])
+            after, reward, terminated = zip(*came, strict=True)
+            rows.append((obs, action, reward, terminated, after))
     found = effects(agent, *(torch.from_numpy(np.array(c, np.float32)) for c in zip(*rows, strict=True)))
     names = {"run": run_dir.name, "task": cfg.task.id, "seed": cfg.seed, "frames": frames, "states": len(rows)}
     return names | {name: round(value, 3) for name, value in found.items()}

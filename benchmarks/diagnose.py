@@ -117,19 +117,23 @@ def model_errors(agent: PlannerAgent, data: Episodes, depth: int | None) -> dict
 def latent_quality(agent: PlannerAgent, data: Episodes, depth: int | None) -> dict[str, float]:
     """What the latents keep of the observations, and whether the model knows where they move.
 
-    A latent that is trained to be predicted keeps least what is hard to predict, and may collapse altogether.
+    A latent that is trained to be predicted keeps least what is hard to predict, and may collapse altogether. No figure
+    of the step where nothing moves, nor of the readout from less than two rows for each weight, where nothing varies or
+    of what is no number. Latents that differ by next to nothing can still be read: look at their variance beside it.
     """
     z = agent.encode(data.obs)  # (T, E, Z)
     found = {f"latent, {name}": value for name, value in latent_spread(z).items()}
     ahead = agent.slow_model.dynamics(z[:-1].flatten(0, 1), data.action[:-1].flatten(0, 1), depth).z_next
-    error = (ahead - z[1:].flatten(0, 1)).square().sum()
-    found["latent, error of a step"] = float(error / (z[1:] - z[:-1]).square().sum())
-    if z.shape[1] > 1:
+    moved = (z[1:] - z[:-1]).square().sum()
+    if moved:
+        found["latent, error of a step"] = float((ahead - z[1:].flatten(0, 1)).square().sum() / moved)
+    varied = symlog(data.obs)[:, 1::2].flatten(0, 1).var(0) > UNVARIED
+    enough = z.shape[0] * (z.shape[1] // 2) >= 2 * (z.shape[2] + 1)
+    if enough and varied.any() and z.isfinite().all():
         halves = [torch.cat([z, torch.ones_like(z[..., :1])], -1)[:, half::2].flatten(0, 1) for half in (0, 1)]
-        seen, unseen = (symlog(data.obs)[:, half::2].flatten(0, 1) for half in (0, 1))
-        kept = unseen.var(0) > UNVARIED
-        readout = torch.linalg.lstsq(halves[0].double(), seen[:, kept].double(), driver="gelsd").solution
-        missed = (halves[1].double() @ readout - unseen[:, kept]).square().mean(0) / unseen[:, kept].var(0)
+        seen, unseen = (symlog(data.obs)[:, half::2].flatten(0, 1)[:, varied] for half in (0, 1))
+        readout = torch.linalg.lstsq(halves[0].double(), seen.double(), driver="gelsd").solution
+        missed = (halves[1].double() @ readout - unseen).square().mean(0) / unseen.var(0)
         found["observation, unread"] = float(missed.clamp_max(1.0).mean())
     return found
 

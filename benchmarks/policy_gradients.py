@@ -20,6 +20,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,11 +103,11 @@ def play_changes(agent: PlannerAgent, task: str, repeat: int, states: int, chang
     Raises:
         TaskError: discrete actions, which have no small changes; or all episodes are over before a state was taken.
     """
-    env, rows = make_env(task, action_repeat=repeat, seed=SEED), []
-    for seed, past, obs, action in changed_actions(agent, env, task, states, changes):
-        worth = [_worth(agent, env, seed, [*past, first]) for first in action]
-        rows.append((obs, action, np.array(worth)))
-    env.close()
+    rows = []
+    with closing(make_env(task, action_repeat=repeat, seed=SEED)) as env:
+        for seed, past, obs, action in changed_actions(agent, env, task, states, changes):
+            worth = [_worth(agent, env, seed, [*past, first]) for first in action]
+            rows.append((obs, action, np.array(worth)))
     obs, action, worth = (torch.from_numpy(np.array(column, np.float32)) for column in zip(*rows, strict=True))
     return Changes(obs, action, {name: worth[:, :, i] for i, name in enumerate(TRUTHS)})
 

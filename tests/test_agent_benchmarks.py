@@ -269,6 +269,12 @@ def test_latents_are_held_against_the_observations_and_their_own_steps():
         found = diagnose.latent_quality(agent, data, 2)
         assert found["observation, unread"] == pytest.approx(1.0, abs=0.1)
         assert found["latent, variance"] == found["latent, rank"] == 0.0
+        assert "latent, error of a step" not in found, "nothing moves"
+        agent.encode = lambda seen: torch.full((*seen.shape[:-1], 6), float("nan"))  # of a run that diverged
+        assert "observation, unread" not in diagnose.latent_quality(agent, data, 2)
+        agent.encode = lambda seen: symlog(seen) @ wide
+        dull = Episodes(torch.ones_like(data.obs), *data[1:])
+        assert set(diagnose.latent_quality(agent, dull, 2)) == {"latent, variance", "latent, rank"}
         alone = Episodes(*(x[:, :1] for x in data))
         assert "observation, unread" not in diagnose.latent_quality(agent, alone, 2), "no other episode to try it on"
 
@@ -476,16 +482,21 @@ def test_effects_of_actions_that_are_known_and_unknown():
     agent.state_value = lambda z: z[..., 0]
     agent.pair = lambda z, action: torch.cat([z, action], -1)
     known = reward.flatten() + 0.5 * after[..., 0].flatten()
+    over = torch.zeros(6, 5)
     agent.value = SimpleNamespace(values=lambda pair: torch.stack([known, known]))
 
     def found(step):
         agent.slow_model = SimpleNamespace(dynamics=lambda z, action, depth: SimpleNamespace(z_next=step(z, action)))
-        return list(action_effects.effects(agent, obs, action, reward, after).values())
+        return list(action_effects.effects(agent, obs, action, reward, over, after).values())
 
     assert found(lambda z, action: z + action) == pytest.approx([1.0, 1.0, 1.0])
     assert found(lambda z, action: z) == pytest.approx([0.0, 0.0, 1.0], abs=1e-6)
     assert found(lambda z, action: z - action) == pytest.approx([-3.0, -1.0, 1.0])
     assert found(lambda z, action: z + action + 7.0) == pytest.approx([1.0, 1.0, 1.0]), "an error for all alike is none"
+    over[:, ::2] = 1.0  # where nothing follows
+    assert found(lambda z, action: z + action)[2] < 0.999
+    known = reward.flatten() + 0.5 * ((1.0 - over) * after[..., 0]).flatten()
+    assert found(lambda z, action: z + action)[2] == pytest.approx(1.0)
 
 
 def test_effects_of_a_runs_actions(tmp_path, capsys, monkeypatch):
@@ -495,7 +506,8 @@ def test_effects_of_a_runs_actions(tmp_path, capsys, monkeypatch):
     found = tmp_path / "found.json"
     assert action_effects.main([str(tmp_path / "run"), "--quick", "--json", str(found)]) == 0
     (row,) = json.loads(found.read_text())["rows"]
-    assert row["states"] == 8 and all(row[name] <= 1.0 for name in action_effects.MEASURES)
+    assert row["states"] == 8 and all(-1e9 < row[name] <= 1.0 for name in action_effects.MEASURES)
+    assert abs(row["value, by the model"]) > 0.0 and row["latent"] != 0.0
     capsys.readouterr()
     assert action_effects.main([str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith("action_effects: ")

@@ -244,6 +244,11 @@ def test_a_linear_readout_is_judged_by_the_share_of_each_entrys_variance():
         decoder.layer.weight.copy_(torch.eye(2))
         decoder.layer.bias.zero_()
     assert float(decoder.unexplained(symlogs, obs, mask).detach()) == pytest.approx(0.0, abs=1e-9)
+    dull = torch.cat([obs, torch.full_like(obs[..., :1], 1000.0)], -1)  # with a constant, which is not to be learnt
+    wider = LinearDecoder(2, 3)
+    with torch.no_grad():
+        wider.layer.weight[:2], wider.layer.bias[:2] = torch.eye(2), 1.0
+    assert float(wider.unexplained(symlogs, dull, mask).detach()) == pytest.approx((1 / 1.01 + 1 / 4.01) / 2)
     padded = [torch.cat([x, torch.full_like(x[:1], 9.0)]) for x in (symlogs + 0.5, obs)]
     found = decoder.unexplained(*padded, torch.tensor([[1.0], [1.0], [0.0]]))
     assert torch.equal(found, decoder.unexplained(symlogs + 0.5, obs, mask)), "invalid rows count for nothing"
@@ -278,6 +283,7 @@ def test_the_readout_trains_latents_and_what_predicts_them():
 
 def test_how_far_latents_are_apart():
     assert latent_spread(torch.eye(3)[:1].expand(5, 3)) == {"variance": 0.0, "rank": 0.0}
+    assert not any(math.isfinite(value) for value in latent_spread(torch.full((5, 3), float("nan"))).values())
     line = torch.linspace(-1.0, 1.0, 5)[:, None] * torch.tensor([1.0, 2.0, 0.0])
     assert latent_spread(line) == {"variance": pytest.approx(0.625 * 5 / 3), "rank": pytest.approx(1.0)}
     sphere = LatentNorm(8)(torch.randn(40, 500, 8, generator=torch.Generator().manual_seed(0)))

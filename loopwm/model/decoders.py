@@ -38,16 +38,19 @@ class LinearDecoder(nn.Module):
         return symexp(self.layer(z))
 
     def unexplained(self, z: Tensor, obs: Tensor, mask: Tensor) -> Tensor:
-        """Share of the variance of symlog(obs) over the valid rows that z leaves unexplained, mean over O: a scalar ().
+        """Share of the variance of symlog(obs) over the valid rows that z leaves unexplained: a scalar ().
 
-        So an entry counts by how much of it is known, not by its units. z (..., Z), obs (..., O), mask (...), 1: valid.
+        So an entry counts by how much of it is known, not by its units. The mean is over the entries whose standard
+        deviation is at least ``LEAST_SPREAD``, and that is added to each: a constant would count without end until its
+        offset is learnt. z (..., Z), obs (..., O), mask (...), 1: valid.
         """
         truth, valid = symlog(obs), mask.unsqueeze(-1)
-        rows = valid.sum().clamp_min(1.0)
+        rows, floor = valid.sum().clamp_min(1.0), self.LEAST_SPREAD**2
         mean = (truth * valid).flatten(0, -2).sum(0) / rows  # (O,)
         variance = ((truth - mean).square() * valid).flatten(0, -2).sum(0) / rows
         error = ((self.layer(z) - truth).square() * valid).flatten(0, -2).sum(0) / rows
-        return (error / (variance + self.LEAST_SPREAD**2)).mean()
+        varies = (variance >= floor).to(error.dtype)
+        return (error / (variance + floor) * varies).sum() / varies.sum().clamp_min(1.0)
 
 
 DECODERS: dict[str, type[nn.Module]] = {"mlp": MLPDecoder}

@@ -36,7 +36,7 @@ def latent_spread(z: Tensor) -> dict[str, float]:
     """
     covariance = torch.cov(z.flatten(0, -2).T)  # (Z, Z)
     total, squares = float(covariance.trace()), float(covariance.square().sum())
-    return {"variance": total / len(covariance), "rank": total**2 / squares if squares > 0.0 else 0.0}
+    return {"variance": total / len(covariance), "rank": total**2 / squares if squares else 0.0}
 
 
 def symlog(x: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class WorldModel(nn.Module):
 
     Args:
         encoder: obs (..., O) -> z (..., Z). dynamics: see ``loopwm.dynamics``. head_dim: hidden width of the heads.
-        decoder: z (..., Z) -> obs (..., O), see ``DECODERS``; None: nothing is decoded.
+        decoder: z (..., Z) -> obs (..., O), of ``DECODERS`` or a ``LinearDecoder``; None: nothing is decoded.
         activation: of the heads, a name in ``ACTIVATIONS``.
     """
 
