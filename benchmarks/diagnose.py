@@ -127,13 +127,12 @@ def latent_quality(agent: PlannerAgent, data: Episodes, depth: int | None) -> di
     moved = (z[1:] - z[:-1]).square().sum()
     if moved:
         found["latent, error of a step"] = float((ahead - z[1:].flatten(0, 1)).square().sum() / moved)
-    varied = symlog(data.obs)[:, 1::2].flatten(0, 1).var(0) > UNVARIED
-    enough = z.shape[0] * (z.shape[1] // 2) >= 2 * (z.shape[2] + 1)
-    if enough and varied.any() and z.isfinite().all():
-        halves = [torch.cat([z, torch.ones_like(z[..., :1])], -1)[:, half::2].flatten(0, 1) for half in (0, 1)]
-        seen, unseen = (symlog(data.obs)[:, half::2].flatten(0, 1)[:, varied] for half in (0, 1))
-        readout = torch.linalg.lstsq(halves[0].double(), seen.double(), driver="gelsd").solution
-        missed = (halves[1].double() @ readout - unseen).square().mean(0) / unseen.var(0)
+    both = torch.cat([z, torch.ones_like(z[..., :1])], -1).double(), symlog(data.obs)
+    (fitted, tried), (seen, unseen) = ([x[:, half::2].flatten(0, 1) for half in (0, 1)] for x in both)
+    varied = unseen.var(0) > UNVARIED
+    if len(tried) >= 2 * tried.shape[1] and varied.any() and z.isfinite().all():
+        readout = torch.linalg.lstsq(fitted, seen[:, varied].double(), driver="gelsd").solution
+        missed = (tried @ readout - unseen[:, varied]).square().mean(0) / unseen[:, varied].var(0)
         found["observation, unread"] = float(missed.clamp_max(1.0).mean())
     return found
 

@@ -46,9 +46,13 @@ class LinearDecoder(nn.Module):
         """
         truth, valid = symlog(obs), mask.unsqueeze(-1)
         rows, floor = valid.sum().clamp_min(1.0), self.LEAST_SPREAD**2
-        mean = (truth * valid).flatten(0, -2).sum(0) / rows  # (O,)
-        variance = ((truth - mean).square() * valid).flatten(0, -2).sum(0) / rows
-        error = ((self.layer(z) - truth).square() * valid).flatten(0, -2).sum(0) / rows
+
+        def mean(x: Tensor) -> Tensor:
+            """x (..., O) over the valid rows: (O,)."""
+            return (x * valid).flatten(0, -2).sum(0) / rows
+
+        variance = mean((truth - mean(truth)).square())
+        error = mean((self.layer(z) - truth).square())
         varies = (variance >= floor).to(error.dtype)
         return (error / (variance + floor) * varies).sum() / varies.sum().clamp_min(1.0)
 
