@@ -15,6 +15,7 @@ from agents.exploration import CorrelatedNoise
 from agents.mppi import PlanBudget, draw, mppi, score_all
 from agents.novelty import Novelty
 from loopwm.config import PlannerConfig
+from loopwm.dynamics import PredictionHalting
 from loopwm.model.world_model import WorldModel
 
 
@@ -48,6 +49,9 @@ class ActingAgent:
         self.largest_reward = torch.zeros((), device=device)  # in size, that was learnt from
         self.seeking = 0.0  # share of the last thousand exploring steps, about, that were after what is new
         self._noise = CorrelatedNoise(config.explore_correlation)
+        for rule in slow_model.dynamics.modules():
+            if isinstance(rule, PredictionHalting):  # in place of the model's own heads, which know no value
+                rule.read_off(self.worth_of_step)
 
     def encode(self, obs: Tensor) -> Tensor:
         """obs (..., O) -> z (..., Z) by the slow copy of the world model.
@@ -73,6 +77,15 @@ class ActingAgent:
     def state_value(self, z: Tensor) -> Tensor:
         """z (B, ..., Z) -> value (B, ...) of what the policy does there, the mean of the ensemble."""
         return self.value.values(self.pair(z, self.policy(z)[0])).mean(0)
+
+    def worth_of_step(self, z: Tensor, h: Tensor) -> Tensor:
+        """Reward and discounted value (B, 2) of the step from z (B, Z) whose loop stands at h (B, D).
+
+        What ``dynamics.halting=prediction`` looks at while acting: plans rank their sequences by the sum of such.
+        """
+        reward, continuation = self.slow_model.predict(h)
+        value = self.state_value(self.slow_model.dynamics.coda(z, h))
+        return torch.stack([reward, self.config.discount * continuation * value], -1)
 
     @property
     def budget(self) -> PlanBudget:

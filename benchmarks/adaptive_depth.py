@@ -82,7 +82,7 @@ def rules(model: nn.Module, gate: GateHalting) -> dict[str, Callable[[float], Ha
     gate's is in units of the training's loss.
     """
 
-    def step_of_latent(h):
+    def step_of_latent(z, h):
         return model.dynamics.coda.step(h).flatten(1)
 
     def gated(threshold: float) -> HaltingRule:

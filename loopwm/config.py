@@ -101,7 +101,7 @@ class DynamicsConfig(Section):
     injection: Injection = "zoh"  # how the prelude enters each loop
     skip: bool = False  # a matrix on the loop state beside the block; not in mode certified
     halting: Halting = "residual"  # rule by which a sample stops where no depth is asked for, as with plan_loops=0
-    halt_tolerance: Positive = 0.01  # its one number; certified: a distance, prediction: a reward, else relative
+    halt_tolerance: Positive = 0.01  # its one number; certified: a distance, prediction: a return, else relative
     patience: Count = 1  # loops in a row for which the rule must hold, loops
     solver: Solver = "plain"  # what enters the next loop where no depth is asked for
     gradient: Gradient = "unrolled"  # back through every loop, or implicit: of the fixed point (certified modes only)

@@ -1125,6 +1125,28 @@ def test_the_loops_that_are_logged_are_those_of_a_plan(plan_loops, mean):
     assert found["loop/mean"] == (mean or found["loop/adaptive_mean"]) and found["loop/adaptive_max"] <= 6
 
 
+def test_halting_by_the_prediction_reads_reward_and_value_while_acting():
+    """A value that says nothing lets the reward decide; one that still changes keeps the loop going."""
+    agent = make(dynamics={"halting": "prediction", "halt_tolerance": 1e-3, "max_loops": 40}, plan_loops=0)
+    z, action = agent.encode(torch.as_tensor(observations(5))), torch.rand(5, agent.action_dim) * 2 - 1
+    dynamics, counts = agent.slow_model.dynamics, []
+    for scale in (0.0, 30.0):
+        with torch.no_grad():
+            for member in agent.value.members:
+                member[-1].weight.normal_(generator=torch.Generator().manual_seed(1)).mul_(scale)
+            states = dynamics.trajectory(z, action, 40)  # (41, 5, D)
+            worth = torch.stack([agent.worth_of_step(z, h) for h in states])  # (41, 5, 2)
+            loops = dynamics(z, action).loops
+        still = worth.diff(dim=0).abs().amax(-1) < 1e-3  # (40, 5)
+        assert loops.tolist() == (still.int().argmax(0) + 1).tolist() and int(loops.max()) < 40
+        counts.append(loops)
+        reward, continuation = agent.slow_model.predict(states)
+        value = agent.state_value(dynamics.coda(z.expand(41, -1, -1), states))
+        expected = torch.stack([reward, agent.config.discount * continuation * value], -1)
+        torch.testing.assert_close(worth, expected, rtol=1e-4, atol=1e-4)
+    assert (counts[1] > counts[0]).all()
+
+
 @pytest.mark.parametrize(
     "settings",
     [

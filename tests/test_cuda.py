@@ -71,7 +71,7 @@ def test_every_halting_rule_and_solver(halting, solver):
     torch.manual_seed(0)
     dynamics = LoopedDynamics(8, A, D, halting=halting, solver=solver, halt_tolerance=0.1)
     if halting == "prediction":
-        dynamics.halting.read_off(lambda h: h[:, :3])
+        dynamics.halting.read_off(lambda z, h: h[:, :3])
     agree(dynamics, (8,), None)
 
 

@@ -91,7 +91,7 @@ def run(rule: HaltingRule, shape=(6,), low: int = 1, high: int = 200, solver=Non
     start, _, loop = case(shape)
     dynamics = SimpleNamespace(lipschitz_bound=lambda: rho, cell=SimpleNamespace(norm_order=2.0))
     solver = solver or PlainSolver()
-    return loop_adaptive(loop, start, rule.begin(dynamics, start), solver.begin(), low, high)
+    return loop_adaptive(loop, start, rule.begin(dynamics, start, start), solver.begin(), low, high)
 
 
 def first(holds, low: int = 1, high: int = 200) -> int:
@@ -118,14 +118,16 @@ def closed_form(name: str, shape: tuple[int, ...], tolerance: float) -> list[int
             "residual": lambda t: step(t) / state(t - 1) < tolerance,
             "second_difference": lambda t, r=r: t > 1 and step(t - 1) * (1 - r) / state(t - 1) < tolerance,
             "certified": lambda t: step(t) * 0.9 / (1 - 0.9) < tolerance,
-            "prediction": lambda t, d=d, r=r: r ** (t - 1) * (1 - r) * float(readout(d[None]).abs().max()) < tolerance,
+            "prediction": lambda t, d=d, r=r: (
+                r ** (t - 1) * (1 - r) * float(readout(d[None], d[None]).abs().max()) < tolerance
+            ),
         }
         found.append(first(holds[name]))
     return found
 
 
-def readout(h: torch.Tensor) -> torch.Tensor:
-    """(n, ...) -> (n, 2), linear."""
+def readout(z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """(n, ...) -> (n, 2), linear in h."""
     flat = h.flatten(1)
     return torch.stack([flat.sum(1), flat[:, 0] - 2 * flat[:, 1]], 1)
 
@@ -192,7 +194,9 @@ def test_random_halting_has_the_same_depths_and_ignores_the_sample():
 @pytest.mark.parametrize("batch", [1, 3, 7])
 def test_random_halting_is_unbiased_in_batches_of_any_size(batch):
     rule = RandomHalting(torch.tensor([1, 2, 3, 10]))
-    drawn = torch.cat([rule.begin(None, torch.zeros(batch, 1)).loops for _ in range(6000 // batch)])
+    drawn = torch.cat(
+        [rule.begin(None, torch.zeros(batch, 1), torch.zeros(batch, 1)).loops for _ in range(6000 // batch)]
+    )
     share = torch.bincount(drawn, minlength=11)[[1, 2, 3, 10]] / len(drawn)
     torch.testing.assert_close(share, torch.full((4,), 0.25), atol=0.03, rtol=0)
 
@@ -206,7 +210,7 @@ class Pattern(HaltingRule):
         super().__init__()
         self.table = table
 
-    def begin(self, dynamics, h):
+    def begin(self, dynamics, h, z):
         self.t, self.left = 0, torch.arange(len(self.table))
         return self
 
@@ -263,7 +267,7 @@ def test_gate_stops_where_its_forecast_passes_the_threshold():
 def test_finished_rows_cost_nothing_more():
     start, _, loop = case((6,))
     rule = SecondDifferenceHalting(1e-2)
-    loops = loop_adaptive(loop, start, rule.begin(None, start), PlainSolver(), 1, 50).loops()
+    loops = loop_adaptive(loop, start, rule.begin(None, start, start), PlainSolver(), 1, 50).loops()
     assert loop.rows == DepthSchedule(loops).active
 
 
@@ -275,8 +279,8 @@ def test_compacted_batch_equals_each_sample_alone(name, patience, solver):
     kw = {"max_loops": 40, "halt_tolerance": 0.03, "depth_sampler": "uniform", "solver": solver}
     dynamics = looped(scale=0.5, halting=name, patience=patience, **kw)
     for rule in dynamics.modules():
-        if isinstance(rule, PredictionHalting):
-            rule.read_off(readout)
+        if isinstance(rule, PredictionHalting):  # what it reads is in units of z, whose rows leave with those of h
+            rule.read_off(lambda z, h: readout(z, h) * z.norm(dim=1, keepdim=True))
         if isinstance(rule, GateHalting):
             rule.load_state_dict(gate_of_the_residual(1.0, D).state_dict())
     z, action = inputs(9)
@@ -319,7 +323,7 @@ def test_rules_can_be_swapped_on_a_trained_model():
 
 def test_a_readout_module_does_not_become_part_of_the_dynamics():
     """Or its weights would be trained, and saved, twice."""
-    dynamics = looped(halting=PredictionHalting(0.1, nn.Linear(D, 2).double()))
+    dynamics = looped(halting=PredictionHalting(0.1, nn.Bilinear(Z, D, 2).double()))
     assert not any("halting" in key for key in dynamics.state_dict())
     assert dynamics(*inputs(3)).loops.shape == (3,)
 
@@ -449,7 +453,7 @@ def test_a_trained_gate_stops_where_little_is_left_to_gain():
         optimizer.zero_grad()
         gate_loss(rule.gate, states, losses).backward()
         optimizer.step()
-    loops = loop_adaptive(loop, states[0], rule.begin(None, states[0]), PlainSolver(), 1, steps).loops()
+    loops = loop_adaptive(loop, states[0], rule.begin(None, states[0], states[0]), PlainSolver(), 1, steps).loops()
     wanted = (remaining_drop(losses) < threshold).int().argmax(0) + 1
     assert torch.corrcoef(torch.stack([loops, wanted]).double())[0, 1] > 0.95
     assert float((loops - wanted).abs().double().mean()) < 1.5 < float(wanted.double().std())

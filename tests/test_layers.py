@@ -101,7 +101,7 @@ def test_loops_of_aabb_are_the_mean_over_its_layers_rounded_up():
     z, action = inputs("mlp", 5)
     e, h, counts = dynamics.prelude(z, action), dynamics.start(z), []
     for layer in dynamics.cell.layers:
-        result = dynamics.run_loops(layer.prepare(e), h, None)
+        result = dynamics.run_loops(layer.prepare(e), h, None, z)
         h = result.h
         counts.append(result.loops())
     assert (counts[0] != counts[1]).any(), "the case must mix them"

@@ -34,8 +34,8 @@ class UnrolledGradient:
     def check(self, dynamics: LoopedDynamics) -> None:
         """Any dynamics will do."""
 
-    def __call__(self, dynamics: LoopedDynamics, loop: Callable, h: Tensor, depth: Depth) -> LoopResult:
-        return dynamics.run_loops(loop, h, depth)
+    def __call__(self, dynamics: LoopedDynamics, loop: Callable, h: Tensor, depth: Depth, z: Tensor) -> LoopResult:
+        return dynamics.run_loops(loop, h, depth, z)
 
 
 class ImplicitGradient:
@@ -67,9 +67,9 @@ class ImplicitGradient:
         if isinstance(dynamics.cell, RepeatedLayers):
             raise ValueError("gradient 'implicit' trains the last layer of order 'aabb' alone; choose order 'abab'")
 
-    def __call__(self, dynamics: LoopedDynamics, loop: Callable, h: Tensor, depth: Depth) -> LoopResult:
+    def __call__(self, dynamics: LoopedDynamics, loop: Callable, h: Tensor, depth: Depth, z: Tensor) -> LoopResult:
         with torch.no_grad():
-            result = dynamics.run_loops(loop, h, depth)
+            result = dynamics.run_loops(loop, h, depth, z)
         if not torch.is_grad_enabled():
             return result
         before = result.previous().detach().requires_grad_()

@@ -97,7 +97,7 @@ class LoopedDynamics(nn.Module):
         h, results = first_state(self.start, z, h0), []
         stages = self.cell.stages(self.prelude(z, action))
         for loop in stages:
-            results.append(self.gradient(self, loop, h, depth))
+            results.append(self.gradient(self, loop, h, depth, z))
             h = results[-1].h
         return self._output(z, _joined(results), self._penalty(stages, results))
 
@@ -124,10 +124,10 @@ class LoopedDynamics(nn.Module):
 
         return penalty
 
-    def run_loops(self, loop: Loop, h: Tensor, depth: Depth) -> LoopResult:
-        """Apply a prepared loop to h (B, ...) as ``depth`` says; see ``forward``."""
+    def run_loops(self, loop: Loop, h: Tensor, depth: Depth, z: Tensor) -> LoopResult:
+        """Apply a prepared loop to h (B, ...) as ``depth`` says, on the way from z (B, ...); see ``forward``."""
         if depth is None:
-            rule, solver = self.halting.begin(self, h), self.solver.begin(self.cell.norm_order)
+            rule, solver = self.halting.begin(self, h, z), self.solver.begin(self.cell.norm_order)
             return loop_adaptive(loop, h, rule, solver, self.min_loops, self.max_loops)
         if isinstance(depth, int) and not isinstance(depth, bool):
             return self._loop_exact(loop, h, depth)

@@ -120,6 +120,6 @@ class WorldModel(nn.Module):
         """Loop states h (..., D) -> reward (...,) and continuation probability (...,)."""
         return self.reward.code.decode(self.reward(h)), torch.sigmoid(self.continuation(h))
 
-    def _readout(self, h: Tensor) -> Tensor:
+    def _readout(self, z: Tensor, h: Tensor) -> Tensor:
         """Loop states h (..., D) -> (..., 2): what halting by the change of the prediction looks at."""
         return torch.stack(self.predict(h), -1)

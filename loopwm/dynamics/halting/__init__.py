@@ -1,7 +1,7 @@
 """When a sample may stop looping: small rules in a registry.
 
 A rule sees one loop of every running sample and says which may stop: ``rule(h, previous)``. A rule that remembers more
-than that step gives each prediction a run of its own, ``rule.begin(dynamics, h0)``, which is told by ``keep(index)``
+than that step gives each prediction a run of its own, ``rule.begin(dynamics, h0, z)``, which is told by ``keep(index)``
 which samples go on when finished rows leave the batch. The floor and the cap of the loops are the dynamics' own.
 """
 

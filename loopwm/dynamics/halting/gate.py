@@ -119,7 +119,7 @@ class GateHalting(HaltingRule):
         block = next(cell for cell in dynamics.cell.modules() if isinstance(cell, Cell))
         return cls(dynamics.state_dim, tolerance, block.places)
 
-    def begin(self, dynamics: LoopedDynamics, h: Tensor) -> HaltingRun:
+    def begin(self, dynamics: LoopedDynamics, h: Tensor, z: Tensor) -> HaltingRun:
         return _GateRun(self.gate, self.threshold)
 
 

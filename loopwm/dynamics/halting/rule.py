@@ -35,8 +35,8 @@ class HaltingRule(nn.Module):
         """The rule that its name stands for: its one number is the dynamics' ``halt_tolerance``."""
         return cls(tolerance)
 
-    def begin(self, dynamics: LoopedDynamics, h: Tensor) -> HaltingRun:
-        """The run of one prediction that starts from h (B, ...)."""
+    def begin(self, dynamics: LoopedDynamics, h: Tensor, z: Tensor) -> HaltingRun:
+        """The run of one prediction that starts from h (B, ...), of what follows the latent z (B, ...)."""
         return self
 
     def keep(self, index: Tensor) -> None:
@@ -64,8 +64,8 @@ class PatientHalting(HaltingRule):
         super().__init__()
         self.rule, self.patience = rule, whole(patience, "patience")
 
-    def begin(self, dynamics: LoopedDynamics, h: Tensor) -> HaltingRun:
-        return _PatientRun(self.rule.begin(dynamics, h), self.patience, h)
+    def begin(self, dynamics: LoopedDynamics, h: Tensor, z: Tensor) -> HaltingRun:
+        return _PatientRun(self.rule.begin(dynamics, h, z), self.patience, h)
 
 
 class _PatientRun:

@@ -29,7 +29,7 @@ class FixedHalting(HaltingRule):
     def for_dynamics(cls, dynamics: LoopedDynamics, tolerance: float) -> HaltingRule:
         return cls(dynamics.mean_loops)
 
-    def begin(self, dynamics: LoopedDynamics, h: Tensor) -> HaltingRun:
+    def begin(self, dynamics: LoopedDynamics, h: Tensor, z: Tensor) -> HaltingRun:
         return _ScheduledRun(torch.full((h.shape[0],), self.loops, device=h.device))
 
 
@@ -58,7 +58,7 @@ class RandomHalting(HaltingRule):
         draws = (d.depth_sampler, 4096, d.mean_loops, d.min_loops, d.max_loops)
         return cls(sample_depths(*draws, torch.Generator().manual_seed(0)))
 
-    def begin(self, dynamics: LoopedDynamics, h: Tensor) -> HaltingRun:
+    def begin(self, dynamics: LoopedDynamics, h: Tensor, z: Tensor) -> HaltingRun:
         batch, known = h.shape[0], self.depths.shape[0]
         rank = torch.randperm(batch, generator=self.generator)
         offset = torch.rand((), generator=self.generator, dtype=torch.float64)

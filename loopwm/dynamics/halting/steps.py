@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from loopwm.dynamics.looped import LoopedDynamics
 
+    Readout = Callable[[Tensor, Tensor], Tensor]
+
 
 class ResidualHalting(HaltingRule):
     """Stop when ||h[t+1] - h[t]|| / ||h[t]|| < tolerance. Raises ValueError unless tolerance > 0."""
@@ -38,7 +40,7 @@ class SecondDifferenceHalting(HaltingRule):
         super().__init__()
         self.tolerance = positive(tolerance, "tolerance")
 
-    def begin(self, dynamics: LoopedDynamics, h: Tensor) -> HaltingRun:
+    def begin(self, dynamics: LoopedDynamics, h: Tensor, z: Tensor) -> HaltingRun:
         return _SecondDifferenceRun(self.tolerance)
 
 
@@ -80,7 +82,7 @@ class CertifiedHalting(HaltingRule):
         dynamics.require_certificate("halting 'certified'")
         return cls(tolerance)
 
-    def begin(self, dynamics: LoopedDynamics, h: Tensor) -> HaltingRun:
+    def begin(self, dynamics: LoopedDynamics, h: Tensor, z: Tensor) -> HaltingRun:
         return _CertifiedRun(dynamics.lipschitz_bound(), self.distance, dynamics.cell.norm_order)
 
 
@@ -99,48 +101,49 @@ class _CertifiedRun:
 
 
 class PredictionHalting(HaltingRule):
-    """Stop when what is read off the state no longer changes: max_k |r(h[t+1])_k - r(h[t])_k| < tolerance.
+    """Stop when what is read off the state no longer changes: max_k |r(z, h[t+1])_k - r(z, h[t])_k| < tolerance.
 
     Args:
-        tolerance: in the units of the read-out. readout: h (n, ...) -> (n, K), such as reward and value; a
-        ``WorldModel`` fills it with its reward and continuation where it is None.
+        tolerance: in the units of the read-out. readout: the latents z (n, ...) that the predictions start from and
+        the states h (n, ...), as the coda reads them, -> (n, K), such as reward and value. A ``WorldModel`` fills it
+        with its reward and continuation where it is None, an agent with the reward and the value after it.
 
     Raises:
         ValueError: tolerance <= 0; at the first prediction, if there is no read-out.
     """
 
-    def __init__(self, tolerance: float = 0.01, readout: Callable[[Tensor], Tensor] | None = None):
+    def __init__(self, tolerance: float = 0.01, readout: Readout | None = None):
         super().__init__()
         self.tolerance = positive(tolerance, "tolerance")
         self.read_off(readout)
 
     @property
-    def readout(self) -> Callable[[Tensor], Tensor] | None:
-        """h (n, ...) -> (n, K), what the rule looks at; None: nothing yet."""
+    def readout(self) -> Readout | None:
+        """z (n, ...), h (n, ...) -> (n, K), what the rule looks at; None: nothing yet."""
         return self._readout[0]
 
-    def read_off(self, readout: Callable[[Tensor], Tensor] | None) -> None:
+    def read_off(self, readout: Readout | None) -> None:
         """Look at ``readout`` from now on."""
         self._readout = (readout,)  # in a tuple, so that a module's parameters do not become the rule's own
 
-    def begin(self, dynamics: LoopedDynamics, h: Tensor) -> HaltingRun:
+    def begin(self, dynamics: LoopedDynamics, h: Tensor, z: Tensor) -> HaltingRun:
         if self.readout is None:
-            raise ValueError("halting 'prediction' needs a read-out h -> (B, K): give it one by read_off(readout)")
-        return _PredictionRun(self.readout, self.tolerance)
+            raise ValueError("halting 'prediction' needs a read-out z, h -> (B, K): give it one by read_off(readout)")
+        return _PredictionRun(self.readout, self.tolerance, z)
 
 
 class _PredictionRun:
     sees_every_loop = True
 
-    def __init__(self, readout: Callable[[Tensor], Tensor], tolerance: float):
-        self.readout, self.tolerance = readout, tolerance
+    def __init__(self, readout: Readout, tolerance: float, z: Tensor):
+        self.readout, self.tolerance, self.z = readout, tolerance, z
         self.last: Tensor | None = None  # (n, K) read off the state before this loop
 
     @torch.no_grad()
     def __call__(self, h: Tensor, previous: Tensor) -> Tensor:
-        before = self.readout(previous) if self.last is None else self.last
-        self.last = self.readout(h)
+        before = self.readout(self.z, previous) if self.last is None else self.last
+        self.last = self.readout(self.z, h)
         return (self.last - before).abs().amax(-1) < self.tolerance
 
     def keep(self, index: Tensor) -> None:
-        self.last = self.last.index_select(0, index)
+        self.last, self.z = self.last.index_select(0, index), self.z.index_select(0, index)
