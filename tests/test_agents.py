@@ -1137,8 +1137,9 @@ def test_halting_by_the_prediction_reads_reward_and_value_while_acting():
             states = dynamics.trajectory(z, action, 40)  # (41, 5, D)
             worth = torch.stack([agent.worth_of_step(z, h) for h in states])  # (41, 5, 2)
             loops = dynamics(z, action).loops
-        still = worth.diff(dim=0).abs().amax(-1) < 1e-3  # (40, 5)
-        assert loops.tolist() == (still.int().argmax(0) + 1).tolist() and int(loops.max()) < 40
+        change = worth.diff(dim=0).abs().amax(-1)  # (40, 5), what each loop changed; 5 %: float32 of values up to 30
+        for i, last in enumerate(loops.tolist()):
+            assert last < 40 and change[last - 1, i] < 1.05e-3 and (change[: last - 1, i] > 0.95e-3).all()
         counts.append(loops)
         reward, continuation = agent.slow_model.predict(states)
         value = agent.state_value(dynamics.coda(z.expand(41, -1, -1), states))
