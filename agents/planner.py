@@ -111,7 +111,11 @@ class PlannerAgent(ActingAgent):
         self.caught_up += self.config.reset_updates
 
     def update(self, replay: Any) -> dict[str, Tensor]:
-        """One gradient step of the world model, the value and the policy, on one batch."""
+        """One update on one batch: a gradient step of the value, and of the world model and the policy where due.
+
+        The model's is due every ``model_every`` updates, the policy's every ``policy_every``. The novelty networks learn,
+        priorities are written, and all slow copies move as well.
+        """
         c = self.config
         length = max(c.horizon, c.n_step + c.imagined_steps)
         drawn = replay.sample(c.batch_size, length)

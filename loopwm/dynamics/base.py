@@ -21,8 +21,8 @@ class DynamicsOutput:
         z_next: (B, Z) predicted next latent.
         h: (B, ...) loop state after the last loop, (B, D) for a vector; reward and continuation heads read it.
         loops: (B,) int64, how often the block was applied to each sample.
-        residual: (B,) relative size of each sample's last step, ||h[T] - h[T-1]|| / ||h[T-1]||. Computed when first
-            read, without gradient: training never pays for it.
+        residual: (B,) relative size of each sample's last step, ||h[T] - h[T-1]|| / ||h[T-1]||. Computed whenever it
+            is read, without gradient: training never pays for it.
     """
 
     __slots__ = ("z_next", "h", "_loops", "_residual", "_at", "_penalty")

@@ -1,4 +1,8 @@
-"""The looped latent dynamics: prelude, ONE shared block applied again and again, coda."""
+"""The looped latent dynamics: prelude, ONE shared block applied again and again, coda.
+
+The way of a prediction: ``forward`` -> ``gradient`` (how gradients come back: gradients.py) -> ``run_loops`` -> plain
+loops, an unrolled schedule of mixed depths (unroll.py, where training spends its time) or ``loop_adaptive``.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ class Agent(Protocol):
         Args:
             obs: (N, O) float32.
             first: (N,) bool, True where obs begins an episode (carried state is dropped there).
-            explore: True while collecting; False is the deterministic evaluation policy.
+            explore: True while collecting; False: no exploration noise. Planning may still draw from the agent's random
+                stream; ``evaluator()`` gives a view that acts alike every time.
 
         Returns:
             (N, A) float32 in [-1, 1] for continuous actions, (N,) int64 for discrete ones.
