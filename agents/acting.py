@@ -89,7 +89,7 @@ class ActingAgent:
 
     @property
     def budget(self) -> PlanBudget:
-        """What a plan may cost now: its spread shrinks as the agent explores, from ``plan_std`` to ``plan_std_final``."""
+        """What a plan may cost now; its spread shrinks as the agent explores, to ``plan_std_final``."""
         c = self.config
         policy_samples = max(1, c.plan_samples // 4)
         elites = max(1, c.plan_samples // 5)

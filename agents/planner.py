@@ -113,8 +113,8 @@ class PlannerAgent(ActingAgent):
     def update(self, replay: Any) -> dict[str, Tensor]:
         """One update on one batch: a gradient step of the value, and of the world model and the policy where due.
 
-        The model's is due every ``model_every`` updates, the policy's every ``policy_every``. The novelty networks learn,
-        priorities are written, and all slow copies move as well.
+        The model's is due every ``model_every`` updates, the policy's every ``policy_every``. The novelty networks
+        learn, priorities are written, and all slow copies move as well.
         """
         c = self.config
         length = max(c.horizon, c.n_step + c.imagined_steps)
