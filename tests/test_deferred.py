@@ -14,6 +14,7 @@ from loopwm.model import (
     MLPEncoder,
     Rollout,
     WorldModel,
+    decoders,
     decoding_horizon,
     deferred_decoding_loss,
 )
@@ -60,6 +61,16 @@ def test_decoder_takes_any_leading_shape_and_its_loss_is_in_symlog(name, layers)
     torch.testing.assert_close(decoder.loss(z, obs), (symlog(decoder(z)) - symlog(obs)).square().mean(-1))
     assert float(decoder.loss(z, decoder(z)).abs().max().detach()) < 1e-20
     assert sum(isinstance(m, nn.Linear) for m in decoder.modules()) == layers
+
+
+def test_a_linear_decoder_serves_deferred_decoding_too():
+    model, (obs, action) = make(), (randn(B, OBS), randn(H, B, A))
+    model.decoder = decoders.LinearDecoder(Z, OBS).double()
+    rollout = model.rollout(model.encode(obs), action, 3)
+    losses = deferred_decoding_loss(model, rollout, rollout.z[1:], obs, torch.ones(H, B, dtype=DOUBLE))
+    expected = (model.decoder.layer(rollout.z[-1]) - symlog(obs)).square().mean()
+    torch.testing.assert_close(losses["decoding"], expected)
+    torch.testing.assert_close(symlog(model.decode(rollout.z[-1])), model.decoder.layer(rollout.z[-1]))
 
 
 def test_decoder_learns_to_invert_the_encoder():

@@ -8,24 +8,35 @@ from loopwm.model.encoders import mlp, symlog
 from loopwm.model.heads import symexp
 
 
-class MLPDecoder(nn.Module):
-    """z (..., Z) -> state observations (..., O): an MLP that predicts symlog(obs), what ``MLPEncoder`` sees of it."""
+class Decoder(nn.Module):
+    """z (..., Z) -> state observations (..., O) by way of symlog(obs), which is what ``MLPEncoder`` sees of them."""
+
+    def squashed(self, z: Tensor) -> Tensor:
+        """symlog of the observation: (..., Z) -> (..., O)."""
+        raise NotImplementedError
+
+    def forward(self, z: Tensor) -> Tensor:
+        """The observation (..., O) in its own units."""
+        return symexp(self.squashed(z))
+
+    def loss(self, z: Tensor, obs: Tensor) -> Tensor:
+        """Mean over O of the squared error of symlog(obs) (2301.04104, eq. 10): (..., Z), (..., O) -> (...,)."""
+        return (self.squashed(z) - symlog(obs)).square().mean(-1)
+
+
+class MLPDecoder(Decoder):
+    """An MLP of ``layers`` layers."""
 
     def __init__(self, latent_dim: int, obs_dim: int, hidden_dim: int, layers: int = 2):
         super().__init__()
         self.layers = mlp(latent_dim, hidden_dim, layers - 1, obs_dim)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """The observation (..., O) in its own units."""
-        return symexp(self.layers(z))
-
-    def loss(self, z: Tensor, obs: Tensor) -> Tensor:
-        """Mean over O of the squared error of symlog(obs) (2301.04104, eq. 10): (..., Z), (..., O) -> (...,)."""
-        return (self.layers(z) - symlog(obs)).square().mean(-1)
+    def squashed(self, z: Tensor) -> Tensor:
+        return self.layers(z)
 
 
-class LinearDecoder(nn.Module):
-    """z (..., Z) -> state observations (..., O): one matrix, so that what it reads lies open in the latent."""
+class LinearDecoder(Decoder):
+    """One matrix, so that what it reads lies open in the latent."""
 
     LEAST_SPREAD = 0.1  # units of symlog(obs): an entry that varies less is hardly worth a latent
 
@@ -33,9 +44,8 @@ class LinearDecoder(nn.Module):
         super().__init__()
         self.layer = nn.Linear(latent_dim, obs_dim)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """The observation (..., O) in its own units."""
-        return symexp(self.layer(z))
+    def squashed(self, z: Tensor) -> Tensor:
+        return self.layer(z)
 
     def unexplained(self, z: Tensor, obs: Tensor, mask: Tensor) -> Tensor:
         """Share of the variance of symlog(obs) over the valid rows that z leaves unexplained: a scalar ().
@@ -52,9 +62,9 @@ class LinearDecoder(nn.Module):
             return (x * valid).flatten(0, -2).sum(0) / rows
 
         variance = mean((truth - mean(truth)).square())
-        error = mean((self.layer(z) - truth).square())
+        error = mean((self.squashed(z) - truth).square())
         varies = (variance >= floor).to(error.dtype)
         return (error / (variance + floor) * varies).sum() / varies.sum().clamp_min(1.0)
 
 
-DECODERS: dict[str, type[nn.Module]] = {"mlp": MLPDecoder}
+DECODERS: dict[str, type[Decoder]] = {"mlp": MLPDecoder}
