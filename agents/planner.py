@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,14 @@ from loopwm.training.replay import Batch
 PRIORITY_FLOOR = 1e-3  # so that a transition which is known today may be drawn again; of values without a unit
 REFRESH = 250  # updates between looks at the replay for the largest priority and the mean size of a reward
 LEAST_UNIT = 1e-3  # of the values, where hardly any reward has been seen
+
+
+class PolicyTerms(NamedTuple):
+    """What the policy learns by, see ``PlannerConfig``."""
+
+    horizon: int  # imagined agent steps that its gradient goes through
+    std: float  # noise on its actions, action units
+    penalty: float  # weight of its squared pre-activations
 
 
 class PlannerAgent(ActingAgent):
@@ -130,7 +138,7 @@ class PlannerAgent(ActingAgent):
             metrics |= self._update_model(batch.obs[: h + 1, :b], *(x[:h, :b] for x in batch[1:5]))
             self.targets["model"].update()
         # Whether the rest asks the slow model, whose weights stay from here; folding them is a twentieth of an update.
-        looks = c.value_loops or c.imagined_steps or (c.policy_horizon and self._policy_is_due())
+        looks = c.value_loops or c.imagined_steps or (self._policy_terms().horizon and self._policy_is_due())
         with self.slow_model.frozen() if looks else nullcontext():
             metrics |= self._update_value_and_policy(replay, batch)
         self.updates += 1
@@ -258,22 +266,33 @@ class PlannerAgent(ActingAgent):
     def _update_policy(self, z: Tensor, weight: Tensor) -> dict[str, Tensor]:
         """Climb what the policy is worth from z (B, Z), weight (B,); a penalty keeps it off saturation.
 
-        With a horizon from the first ``model_batch_size`` of the rows alone, since it is dearer by the row. The penalty
-        may fade with the exploration (``policy_penalty_kept``): a policy that saturates early explores less.
+        With a horizon from the first ``model_batch_size`` of the rows alone, since it is dearer by the row.
         """
-        c = self.config
-        if c.policy_horizon:
+        c, terms = self.config, self._policy_terms()
+        if terms.horizon:
             z, weight = z[: c.model_batch_size], weight[: c.model_batch_size]
         self.value.requires_grad_(False)
         worth, size = self._policy_worth(z)
         scale = masked_mean(worth.detach().abs(), weight).clamp_min(1e-3)
-        penalty = c.policy_penalty * self._annealed(1.0, c.policy_penalty_kept)
-        loss = masked_mean(penalty * size - worth / scale, weight)
+        loss = masked_mean(terms.penalty * size - worth / scale, weight)
         self.policy_optimizer.zero_grad()
         loss.backward()
         self.value.requires_grad_(True)
         norm = self.policy_optimizer.step()
         return {"loss/policy": loss.detach(), "loss/policy_gradient": norm}
+
+    def _policy_terms(self) -> PolicyTerms:
+        """What the policy learns by now.
+
+        The penalty may fade with the exploration (``policy_penalty_kept``): a policy that saturates early explores
+        less. Before ``policy_switch_steps`` it is whole, and the gradient the first value's: the one through the model
+        is a gain late in a run, and a loss on some tasks early (docs/ablations.md).
+        """
+        c = self.config
+        if c.policy_switch_steps and self.acted <= c.policy_switch_steps:
+            return PolicyTerms(0, 0.0, c.policy_penalty)
+        penalty = c.policy_penalty * self._annealed(1.0, c.policy_penalty_kept)
+        return PolicyTerms(c.policy_horizon, c.policy_std, penalty)
 
     def _policy_worth(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """What the policy is worth from z (B, Z), and the mean square of its pre-activations: (B,) each.
@@ -283,15 +302,15 @@ class PlannerAgent(ActingAgent):
         steps are noisy, so that it is that of a smoothed value, and count in the mean square. Without a horizon it is
         the first value, as in TD3 (1802.09477). ``python -m benchmarks.policy_gradients`` compares such gradients.
         """
-        c, sizes = self.config, []
+        terms, sizes = self._policy_terms(), []
 
         def act(z: Tensor) -> Tensor:
             action, raw = self.policy(z)
             sizes.append(raw.square().mean(-1))
-            return self.policy.perturb(action, c.policy_std, 1.0, self.generator) if c.policy_std else action
+            return self.policy.perturb(action, terms.std, 1.0, self.generator) if terms.std else action
 
-        reward, discount, pair = self.follow(z, act(z), act, c.policy_horizon)
-        value = self.value.values(pair).mean(0) if c.policy_horizon else self.value.first_value(pair)
+        reward, discount, pair = self.follow(z, act(z), act, terms.horizon)
+        value = self.value.values(pair).mean(0) if terms.horizon else self.value.first_value(pair)
         return reward + discount * value, torch.stack(sizes).mean(0)
 
     def _update_novelty(self, z: Tensor) -> dict[str, Any]:

@@ -809,6 +809,21 @@ def test_the_policys_penalty_fades_with_the_exploration():
         assert float(agent._update_policy(z, torch.ones(12))["loss/policy"]) == pytest.approx(weight * size, rel=1e-4)
 
 
+@pytest.mark.parametrize("acted", [30, 31])
+def test_the_policy_learns_by_the_value_alone_until_it_switches(acted):
+    """Bit for bit as an agent without any of it up to that step, and as one with all of it after."""
+    later = {"policy_horizon": 2, "policy_std": 0.2, "policy_penalty_kept": 0.1}
+    same = {} if acted <= 30 else later
+    ends = []
+    for settings in (later | {"policy_switch_steps": 30}, same):
+        agent = make(**settings, explore_decay_steps=10)
+        agent.acted = acted
+        for _ in range(4):
+            agent.update(filled_replay())
+        ends.append(weights(agent))
+    assert not changed(*ends)
+
+
 def test_a_policy_without_a_horizon_learns_from_all_rows():
     one, other = make(policy_horizon=0, policy_std=0.0), make(policy_horizon=0, policy_std=0.0)
     z = torch.randn(12, 6)
