@@ -9,6 +9,7 @@ steps of the model and the value after them. Here is how it learns; how it acts 
 from __future__ import annotations
 
 import copy
+import math
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
 from agents.novelty import Novelty
 from agents.optim import EMATarget, FlatAdam
 from loopwm.config import PlannerConfig
-from loopwm.model.encoders import latent_spread
+from loopwm.model.encoders import latent_spread, step_error
 from loopwm.model.losses import masked_mean, weighted_sum, world_model_losses
 from loopwm.model.world_model import WorldModel
 from loopwm.training.replay import Batch
@@ -87,6 +88,7 @@ class PlannerAgent(ActingAgent):
             self.novelty_optimizer = FlatAdam([novelty.predictor], c.learning_rate, c.clip_norm)
         self.depth_generator = torch.Generator().manual_seed(seed + 1)
         self.updates = 0
+        self.step_error = math.inf  # of the model, when it was last looked at
         self.resets, self.caught_up = 0, 0  # multiples of reset_every that were passed, updates made for them
         self._beginning = {name: copy.deepcopy(o.state_dict()) for name, o in self._optimizers().items()}
 
@@ -137,6 +139,8 @@ class PlannerAgent(ActingAgent):
             b, h = c.model_batch_size, c.horizon
             metrics |= self._update_model(batch.obs[: h + 1, :b], *(x[:h, :b] for x in batch[1:5]))
             self.targets["model"].update()
+        if c.policy_horizon and c.policy_step_error and self.updates % REFRESH == 0:
+            self.step_error = self._measure_step(*self._look(replay))
         # Whether the rest asks the slow model, whose weights stay from here; folding them is a twentieth of an update.
         looks = c.value_loops or c.imagined_steps or (self._policy_terms().horizon and self._policy_is_due())
         with self.slow_model.frozen() if looks else nullcontext():
@@ -285,11 +289,12 @@ class PlannerAgent(ActingAgent):
         """What the policy learns by now.
 
         The penalty may fade with the exploration (``policy_penalty_kept``): a policy that saturates early explores
-        less. Before ``policy_switch_steps`` it is whole, and the gradient the first value's: the one through the model
-        is a gain late in a run, and a loss on some tasks early (docs/ablations.md).
+        less. Before ``policy_switch_steps``, and where the model errs by more than ``policy_step_error``, it is whole,
+        and the gradient the first value's: the one through a model that knows little is a loss (docs/ablations.md).
         """
         c = self.config
-        if c.policy_switch_steps and self.acted <= c.policy_switch_steps:
+        early = c.policy_switch_steps and self.acted <= c.policy_switch_steps
+        if early or (c.policy_step_error and not self.step_error <= c.policy_step_error):  # nor if it is no number
             return PolicyTerms(0, 0.0, c.policy_penalty)
         penalty = c.policy_penalty * self._annealed(1.0, c.policy_penalty_kept)
         return PolicyTerms(c.policy_horizon, c.policy_std, penalty)
@@ -324,16 +329,32 @@ class PlannerAgent(ActingAgent):
     # ---- looking and keeping ------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    def _look(self, replay: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """z (256, Z), action (256, A), z_next (256, Z) of transitions drawn alike, from no training stream.
+
+        Where an episode ends z_next is z: nothing moved.
+        """
+        batch = replay.sample(256, 1, rng=np.random.default_rng(self.updates), uniform=True)
+        z, z_next = self.encode(torch.as_tensor(batch.obs, device=self.device))
+        return z, torch.as_tensor(batch.action[0], device=self.device), z_next
+
+    @torch.no_grad()
+    def _measure_step(self, z: Tensor, action: Tensor, z_next: Tensor) -> float:
+        """``step_error`` of the slow model at its trained depth, on those of the rows (B, ...) that moved."""
+        moved = (z_next != z).any(-1)
+        z, action, z_next = z[moved], action[moved], z_next[moved]
+        return step_error(self.slow_model.dynamics(z, action, self.slow_model.dynamics.mean_loops).z_next, z, z_next)
+
+    @torch.no_grad()
     def diagnostics(self, replay: Any) -> dict[str, float]:
         """See ``Agent.diagnostics``: what the loop does on real transitions, and how far latents are apart."""
-        batch = replay.sample(256, 1, rng=np.random.default_rng(self.updates), uniform=True)
-        z = self.encode(torch.as_tensor(batch.obs[0], device=self.device))
-        action = torch.as_tensor(batch.action[0], device=self.device)
+        z, action, z_next = self._look(replay)
         dynamics = self.slow_model.dynamics
         # Plans have a depth of their own; with plan_loops=0 each of their predictions chooses, as ``adaptive`` shows.
         adaptive, trained = dynamics(z, action), dynamics(z, action, dynamics.mean_loops)
         planned = dynamics(z, action, self.config.plan_loops) if self.config.plan_loops else adaptive
         found = {
+            "latent/step_error": self._measure_step(z, action, z_next),
             "loop/mean": float(planned.loops.double().mean()),  # in a plan's predictions
             "loop/adaptive_mean": float(adaptive.loops.double().mean()),
             "loop/adaptive_max": float(adaptive.loops.max()),
@@ -356,6 +377,7 @@ class PlannerAgent(ActingAgent):
             "resets": (self.resets, self.caught_up),
             "value_unit": None if self.value.unit is None else self.value.unit.clone(),
             "acted": self.acted,
+            "step_error": self.step_error,
             "novelty": None if self.novelty is None else self._novelty_state(),
             "noise": self._noise.state,
         }
@@ -381,6 +403,7 @@ class PlannerAgent(ActingAgent):
         self.depth_generator.set_state(state["depth_generator"].cpu())
         self.updates, self.acted = state["updates"], state["acted"]
         self.resets, self.caught_up = state.get("resets", (0, 0))  # of a run from before there were any
+        self.step_error = state.get("step_error", math.inf)  # likewise
         if self.novelty is not None and state.get("novelty"):  # None: planned for the first time from here on
             self.novelty_optimizer.load_state_dict(state["novelty"]["optimizer"])
             self.novelty.random.load_state_dict(state["novelty"]["random"])

@@ -36,7 +36,7 @@ from benchmarks.harness import interval, parser, report
 from envs import TaskError, make_vector_env
 from loopwm.config import ConfigError
 from loopwm.inspect.measure import unexplained
-from loopwm.model.encoders import latent_spread, symlog
+from loopwm.model.encoders import latent_spread, step_error, symlog
 from loopwm.training.checkpoint import CheckpointError
 from loopwm.training.rollout import rollout
 
@@ -124,9 +124,9 @@ def latent_quality(agent: PlannerAgent, data: Episodes, depth: int | None) -> di
     z = agent.encode(data.obs)  # (T, E, Z)
     found = {f"latent, {name}": value for name, value in latent_spread(z).items()}
     ahead = agent.slow_model.dynamics(z[:-1].flatten(0, 1), data.action[:-1].flatten(0, 1), depth).z_next
-    moved = (z[1:] - z[:-1]).square().sum()
-    if moved:
-        found["latent, error of a step"] = float((ahead - z[1:].flatten(0, 1)).square().sum() / moved)
+    error = step_error(ahead.view_as(z[1:]), z[:-1], z[1:])
+    if not np.isnan(error):
+        found["latent, error of a step"] = error
     both = torch.cat([z, torch.ones_like(z[..., :1])], -1).double(), symlog(data.obs)
     (fitted, tried), (seen, unseen) = ([x[:, half::2].flatten(0, 1) for half in (0, 1)] for x in both)
     varied = unseen.var(0) > UNVARIED

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +39,15 @@ def latent_spread(z: Tensor) -> dict[str, float]:
     covariance = torch.cov(z.flatten(0, -2).T)  # (Z, Z)
     total, squares = float(covariance.trace()), float(covariance.square().sum())
     return {"variance": total / len(covariance), "rank": total**2 / squares if squares else 0.0}
+
+
+def step_error(ahead: Tensor, z: Tensor, z_next: Tensor) -> float:
+    """Squared error of the predictions ``ahead`` as a share of the steps from z to z_next, (..., Z) each, in all.
+
+    0: exact; 1: no better than to predict that nothing moves. nan where nothing does.
+    """
+    moved = float((z_next - z).square().sum())
+    return float((ahead - z_next).square().sum()) / moved if moved else math.nan
 
 
 def symlog(x: Tensor) -> Tensor:
