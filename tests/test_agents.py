@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -822,6 +823,34 @@ def test_the_policy_learns_by_the_value_alone_until_it_switches(acted):
             agent.update(filled_replay())
         ends.append(weights(agent))
     assert not changed(*ends)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_the_policys_gradient_goes_through_the_model_where_a_step_is_known(known, monkeypatch):
+    """Looked at anew every REFRESH updates, and until then as it was found."""
+    monkeypatch.setattr("agents.planner.REFRESH", 3)
+    later = {"policy_horizon": 2, "policy_std": 0.2, "policy_penalty_kept": 0.1, "explore_decay_steps": 1}
+    ends, looks = [], []
+    for settings in (later | {"policy_step_error": 0.5}, later if known else {}):
+        agent = make(**settings)
+        agent.acted = 100
+        measure = agent._measure_step
+        monkeypatch.setattr(agent, "_measure_step", lambda *seen: looks.append(seen) or (0.4 if known else 0.6))
+        for _ in range(5):
+            agent.update(filled_replay())
+        ends.append(weights(agent))
+    assert not changed(*ends) and len(looks) == 2
+    z, action, z_next = looks[0]
+    assert z.shape == z_next.shape == (256, 6) and 0.0 < measure(z, action, z_next) < math.inf
+    still = torch.cat([z, z[:1]]), torch.cat([action, action[:1]]), torch.cat([z_next, z[:1]])
+    assert measure(*still) == pytest.approx(measure(z, action, z_next)), "rows that do not move are no step"
+
+
+def test_a_step_that_is_no_number_is_not_known():
+    agent = make(policy_horizon=2, policy_step_error=0.5)
+    for error, horizon in ((math.inf, 0), (math.nan, 0), (0.51, 0), (0.5, 2)):
+        agent.step_error = error
+        assert agent._policy_terms().horizon == horizon
 
 
 def test_a_policy_without_a_horizon_learns_from_all_rows():

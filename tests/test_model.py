@@ -10,7 +10,7 @@ from torch import nn
 from loopwm.dynamics import DYNAMICS, DynamicsOutput
 from loopwm.model import ENCODERS, MLPEncoder, Rollout, WorldModel
 from loopwm.model.decoders import LinearDecoder
-from loopwm.model.encoders import LatentNorm, latent_spread, mlp, symlog
+from loopwm.model.encoders import LatentNorm, latent_spread, mlp, step_error, symlog
 from loopwm.model.heads import ContinuationHead, RewardHead, TwoHot, symexp
 from loopwm.model.losses import masked_mean, weighted_sum, world_model_losses
 
@@ -334,3 +334,10 @@ def test_output_measures_only_when_asked():
     assert asked == []
     _ = out.loops, out.residual
     assert asked == ["loops", "residual"]
+
+
+def test_the_error_of_a_step_is_a_share_of_the_step():
+    z, z_next = torch.zeros(3, 2), torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    assert step_error(z_next, z, z_next) == 0.0 and step_error(z, z, z_next) == 1.0
+    assert step_error(z_next + torch.tensor([1.0, 0.0]), z, z_next) == pytest.approx(3 / 5)
+    assert math.isnan(step_error(z_next, z, z))

@@ -51,6 +51,7 @@ CASES = {
     "cartpole-3-envs": [*CARTPOLE, *EVERY, "num_envs=3"],
     "plan-collect": [*SWINGUP, *EVERY, *PLAN, "num_envs=2", "task.action_repeat=30"],
     "horizon": [*SWINGUP, *EVERY, "agent.policy_horizon=2", "agent.policy_std=0.2", "agent.policy_penalty_kept=0.1"],
+    "known-steps": [*SWINGUP, *EVERY, "agent.policy_horizon=2", "agent.policy_step_error=1e6"],  # looked at once in 250
     "resets": [*SWINGUP, *EVERY, "agent.reset_every=8", "agent.reset_updates=5"],  # of 30 steps
     "global-streams": [*CARTPOLE, *EVERY, "task=gym/Drawing-v0"],
     "ring-wraps": [*CARTPOLE, *EVERY, "replay.capacity=200"],
