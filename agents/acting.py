@@ -50,7 +50,7 @@ class ActingAgent:
         self.seeking = 0.0  # share of the last thousand exploring steps, about, that were after what is new
         self._noise = CorrelatedNoise(config.explore_correlation)
         for rule in slow_model.dynamics.modules():
-            if isinstance(rule, PredictionHalting):  # in place of the model's own heads, which know no value
+            if isinstance(rule, PredictionHalting):  # in place of what it read before: a model's heads know no value
                 rule.read_off(self.worth_of_step)
 
     def encode(self, obs: Tensor) -> Tensor:

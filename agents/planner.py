@@ -118,6 +118,7 @@ class PlannerAgent(ActingAgent):
             optimizer.load_state_dict(self._beginning[name])
         for ema in self.targets.values():
             ema.target.copy_(ema.online)
+        self.step_error = math.inf
         self.caught_up += self.config.reset_updates
 
     def update(self, replay: Any) -> dict[str, Tensor]:
@@ -139,10 +140,10 @@ class PlannerAgent(ActingAgent):
             b, h = c.model_batch_size, c.horizon
             metrics |= self._update_model(batch.obs[: h + 1, :b], *(x[:h, :b] for x in batch[1:5]))
             self.targets["model"].update()
-        if c.policy_horizon and c.policy_step_error and self.updates % REFRESH == 0:
+        if c.policy_step_error and self.updates % REFRESH == 0:
             self.step_error = self._measure_step(*self._look(replay))
         # Whether the rest asks the slow model, whose weights stay from here; folding them is a twentieth of an update.
-        looks = c.value_loops or c.imagined_steps or (self._policy_terms().horizon and self._policy_is_due())
+        looks = c.value_loops or c.imagined_steps or (self.policy_terms().horizon and self._policy_is_due())
         with self.slow_model.frozen() if looks else nullcontext():
             metrics |= self._update_value_and_policy(replay, batch)
         self.updates += 1
@@ -272,7 +273,7 @@ class PlannerAgent(ActingAgent):
 
         With a horizon from the first ``model_batch_size`` of the rows alone, since it is dearer by the row.
         """
-        c, terms = self.config, self._policy_terms()
+        c, terms = self.config, self.policy_terms()
         if terms.horizon:
             z, weight = z[: c.model_batch_size], weight[: c.model_batch_size]
         self.value.requires_grad_(False)
@@ -285,7 +286,7 @@ class PlannerAgent(ActingAgent):
         norm = self.policy_optimizer.step()
         return {"loss/policy": loss.detach(), "loss/policy_gradient": norm}
 
-    def _policy_terms(self) -> PolicyTerms:
+    def policy_terms(self) -> PolicyTerms:
         """What the policy learns by now.
 
         The penalty may fade with the exploration (``policy_penalty_kept``): a policy that saturates early explores
@@ -307,7 +308,7 @@ class PlannerAgent(ActingAgent):
         steps are noisy, so that it is that of a smoothed value, and count in the mean square. Without a horizon it is
         the first value, as in TD3 (1802.09477). ``python -m benchmarks.policy_gradients`` compares such gradients.
         """
-        terms, sizes = self._policy_terms(), []
+        terms, sizes = self.policy_terms(), []
 
         def act(z: Tensor) -> Tensor:
             action, raw = self.policy(z)
@@ -330,20 +331,15 @@ class PlannerAgent(ActingAgent):
 
     @torch.no_grad()
     def _look(self, replay: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """z (256, Z), action (256, A), z_next (256, Z) of transitions drawn alike, from no training stream.
-
-        Where an episode ends z_next is z: nothing moved.
-        """
+        """z (256, Z), action (256, A), z_next (256, Z) of transitions drawn alike, from no training stream."""
         batch = replay.sample(256, 1, rng=np.random.default_rng(self.updates), uniform=True)
         z, z_next = self.encode(torch.as_tensor(batch.obs, device=self.device))
         return z, torch.as_tensor(batch.action[0], device=self.device), z_next
 
     @torch.no_grad()
     def _measure_step(self, z: Tensor, action: Tensor, z_next: Tensor) -> float:
-        """``step_error`` of the slow model at its trained depth, on those of the rows (B, ...) that moved."""
-        moved = (z_next != z).any(-1)
-        z, action, z_next = z[moved], action[moved], z_next[moved]
-        return step_error(self.slow_model.dynamics(z, action, self.slow_model.dynamics.mean_loops).z_next, z, z_next)
+        """``step_error`` of the slow model at the depth by which plans, and the policy's gradient, go through it."""
+        return step_error(self.slow_model.dynamics(z, action, self._plan_depth()).z_next, z, z_next)
 
     @torch.no_grad()
     def diagnostics(self, replay: Any) -> dict[str, float]:

@@ -161,7 +161,8 @@ def compare(run_dir: Path, states: int, changes: int) -> list[dict[str, Any]]:
     played = play_changes(agent, cfg.task.id, cfg.task.action_repeat, states, changes)
     z = agent.encode(played.obs).detach()
     step = played.action - agent.policy(z)[0].detach().unsqueeze(1)  # (S, K, A)
-    learnt = Kind(cfg.agent.policy_horizon, 2 if cfg.agent.policy_horizon else 1, cfg.agent.policy_std)
+    terms = agent.policy_terms()
+    learnt = Kind(terms.horizon, 2 if terms.horizon else 1, terms.std)
     rows = []
     for kind in KINDS:
         foretold = (step * gradient(agent, z, kind).unsqueeze(1)).sum(-1)  # (S, K)

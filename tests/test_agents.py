@@ -834,23 +834,36 @@ def test_the_policys_gradient_goes_through_the_model_where_a_step_is_known(known
     for settings in (later | {"policy_step_error": 0.5}, later if known else {}):
         agent = make(**settings)
         agent.acted = 100
-        measure = agent._measure_step
         monkeypatch.setattr(agent, "_measure_step", lambda *seen: looks.append(seen) or (0.4 if known else 0.6))
         for _ in range(5):
             agent.update(filled_replay())
         ends.append(weights(agent))
     assert not changed(*ends) and len(looks) == 2
-    z, action, z_next = looks[0]
-    assert z.shape == z_next.shape == (256, 6) and 0.0 < measure(z, action, z_next) < math.inf
-    still = torch.cat([z, z[:1]]), torch.cat([action, action[:1]]), torch.cat([z_next, z[:1]])
-    assert measure(*still) == pytest.approx(measure(z, action, z_next)), "rows that do not move are no step"
+
+
+def test_the_error_of_a_step_is_the_slow_models_at_the_depth_of_plans():
+    agent, replay = make(policy_step_error=0.5, plan_loops=2), filled_replay()
+    for _ in range(3):
+        agent.update(replay)
+    z, action, z_next = agent._look(replay)
+    batch = replay.sample(256, 1, rng=np.random.default_rng(agent.updates), uniform=True)
+    with torch.no_grad():
+        for seen, obs in ((z, batch.obs[0]), (z_next, batch.obs[1])):
+            torch.testing.assert_close(seen, agent.slow_model.encode(torch.as_tensor(obs)))
+        ahead = agent.slow_model.dynamics(z, torch.as_tensor(batch.action[0]), 2).z_next
+    expected = float((ahead - z_next).square().sum() / (z_next - z).square().sum())
+    assert agent._measure_step(z, action, z_next) == pytest.approx(expected) and expected > 0.0
+    assert agent.diagnostics(replay)["latent/step_error"] == pytest.approx(expected)
+    assert agent.step_error != math.inf and agent.step_error != pytest.approx(expected), "of the first update"
+    agent._reset()
+    assert agent.step_error == math.inf, "what is known of a fresh model is nothing"
 
 
 def test_a_step_that_is_no_number_is_not_known():
     agent = make(policy_horizon=2, policy_step_error=0.5)
     for error, horizon in ((math.inf, 0), (math.nan, 0), (0.51, 0), (0.5, 2)):
         agent.step_error = error
-        assert agent._policy_terms().horizon == horizon
+        assert agent.policy_terms().horizon == horizon
 
 
 def test_a_policy_without_a_horizon_learns_from_all_rows():
@@ -1169,27 +1182,38 @@ def test_the_loops_that_are_logged_are_those_of_a_plan(plan_loops, mean):
     assert found["loop/mean"] == (mean or found["loop/adaptive_mean"]) and found["loop/adaptive_max"] <= 6
 
 
-def test_halting_by_the_prediction_reads_reward_and_value_while_acting():
-    """A value that says nothing lets the reward decide; one that still changes keeps the loop going."""
-    agent = make(dynamics={"halting": "prediction", "halt_tolerance": 1e-3, "max_loops": 40}, plan_loops=0)
-    z, action = agent.encode(torch.as_tensor(observations(5))), torch.rand(5, agent.action_dim) * 2 - 1
-    dynamics, counts = agent.slow_model.dynamics, []
-    for scale in (0.0, 1.0):
+@pytest.mark.parametrize("patience", [1, 2])
+def test_halting_by_the_prediction_reads_reward_and_value_while_acting(patience):
+    """Rewards that still change keep the loop going, and so do values where rewards say nothing."""
+    loop = {"halting": "prediction", "halt_tolerance": 1e-3, "max_loops": 60, "patience": patience}
+    agent, counts = make(dynamics=loop, plan_loops=0, discount=0.9), []
+    for module in (agent.slow_model, agent.policy, agent.value):
+        module.double()
+    z, action = (
+        agent.encode(torch.as_tensor(observations(5)).double()),
+        torch.rand(5, agent.action_dim).double() * 2 - 1,
+    )
+    dynamics, stream = agent.slow_model.dynamics, torch.Generator().manual_seed(1)
+    for valued in (False, True):  # what alone says something: the reward, or the value
         with torch.no_grad():
-            for member in agent.value.members:
-                member[-1].weight.normal_(generator=torch.Generator().manual_seed(1)).mul_(scale)
-            states = dynamics.trajectory(z, action, 40)  # (41, 5, D)
-            worth = torch.stack([agent.worth_of_step(z, h) for h in states])  # (41, 5, 2)
+            for last in (member[-1] for member in agent.value.members):
+                last.weight.normal_(0.0, 1.0 if valued else 1e-9, generator=stream)
+            agent.slow_model.reward.layers[-1][-1].weight.normal_(0.0, 1e-9 if valued else 0.3, generator=stream)
+            states = dynamics.trajectory(z, action, 60)  # (61, 5, D)
+            worth = torch.stack([agent.worth_of_step(z, h) for h in states])  # (61, 5, 2)
             loops = dynamics(z, action).loops
-        change = worth.diff(dim=0).abs().amax(-1)  # (40, 5), what each loop changed, to float32
-        for i, last in enumerate(loops.tolist()):
-            assert last < 40 and change[last - 1, i] < 1.05e-3 and (change[: last - 1, i] > 0.95e-3).all()
+            reward, continuation = agent.slow_model.predict(states)
+            value = agent.state_value(dynamics.coda(z.expand(61, -1, -1), states))
+        torch.testing.assert_close(worth, torch.stack([reward, 0.9 * continuation * value], -1), rtol=1e-9, atol=1e-9)
+        still = (worth.diff(dim=0).abs().amax(-1) < 1e-3).int()  # (60, 5)
+        if patience == 2:
+            still[1:] *= still[:-1].clone()
+            still[0] = 0
+        assert (
+            loops.tolist() == (still.argmax(0) + 1).tolist() and patience < int(loops.min()) and int(loops.max()) < 60
+        )
         counts.append(loops)
-        reward, continuation = agent.slow_model.predict(states)
-        value = agent.state_value(dynamics.coda(z.expand(41, -1, -1), states))
-        expected = torch.stack([reward, agent.config.discount * continuation * value], -1)
-        torch.testing.assert_close(worth, expected, rtol=1e-4, atol=1e-4)
-    assert (counts[1] > counts[0]).all()
+    assert not torch.equal(*counts)
 
 
 @pytest.mark.parametrize(

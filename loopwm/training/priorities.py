@@ -41,7 +41,7 @@ class Priorities:
         self._sum[:] = self._weight.sum(1, dtype=np.float64)
 
     def draw_alike(self, size: int, rng: np.random.Generator) -> np.ndarray:
-        """Entries (size,), each that has a weight as likely as the next; looks at all of them, so for the log alone.
+        """Entries (size,), each that has a weight as likely as the next; looks at all of them, so seldom.
 
         Raises:
             ValueError: every weight is zero.
