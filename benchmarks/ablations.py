@@ -38,6 +38,12 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "large_penalty": ("agent.policy_penalty=4e-3",),
     "fading_penalty": ("agent.policy_penalty_kept=0.05",),
     "gradient_through_the_model": ("agent.policy_horizon=3", "agent.policy_std=0.2"),
+    "gradient_where_a_step_is_known": (
+        "agent.policy_horizon=3",
+        "agent.policy_std=0.2",
+        "agent.policy_penalty_kept=0.05",
+        "agent.policy_step_error=0.3",
+    ),
     "gradient_plans_and_penalty": (
         "agent.policy_horizon=3",
         "agent.policy_std=0.2",
