@@ -11,6 +11,7 @@ from typing import get_args
 import pytest
 import yaml
 
+from benchmarks.ablations import CHANGES
 from loopwm import config as config_module
 from loopwm import dynamics
 from loopwm.config import (
@@ -129,7 +130,8 @@ def test_the_defaults_are_those_of_the_dataclasses() -> None:
 def test_every_group_option_builds(group: str, option: str) -> None:
     cfg = load_config([f"{group}={option}"])
     part = getattr(cfg, group, None)  # size is a group without a section
-    assert part is None or option in (getattr(part, "name", None), getattr(part, "suite", None), "fast")
+    named = (getattr(part, "name", None), getattr(part, "suite", None), "fast", "model_gradient")
+    assert part is None or option in named
 
 
 def test_a_config_from_before_priorities_is_read_as_what_its_run_did(tmp_path) -> None:
@@ -165,6 +167,11 @@ def test_a_config_from_before_evaluations_had_a_budget_of_their_own_keeps_its_ow
 def test_the_fast_agent_is_the_planner_with_fewer_updates_of_the_model() -> None:
     fast, default = load_config(["agent=fast"]).agent, load_config([]).agent
     assert fast.name == default.name == "planner" and fast.model_every > default.model_every
+
+
+def test_the_gated_gradient_is_the_ablation_of_it() -> None:
+    words = CHANGES["gradient_where_a_step_is_known"]
+    assert load_config(["agent=model_gradient"]) == load_config(words) != load_config([])
 
 
 @pytest.mark.parametrize(
