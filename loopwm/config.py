@@ -160,12 +160,12 @@ class PlannerConfig(Section):
     continuation_weight: NonNegative = 0.2  # weight of the continuation loss, no unit
     observation_weight: NonNegative = 0.0  # weight of the loss of the observation read off imagined latents, no unit
     jacobian_weight: NonNegative = 0.1  # weight of the penalty on the loop's Jacobian in mode soft, no unit
-    policy_horizon: Whole = 0  # imagined steps that the policy's gradient goes through, agent steps; 0: the value's
-    policy_std: NonNegative = 0.0  # noise on actions the policy learns by, action units (discrete: probability)
+    policy_horizon: Whole = 3  # imagined steps that the policy's gradient goes through, agent steps; 0: the value's
+    policy_std: NonNegative = 0.2  # noise on actions the policy learns by, action units (discrete: probability)
     policy_penalty: NonNegative = 4e-4  # weight of the squared pre-activations of the policy, no unit
-    policy_penalty_kept: Share = 1.0  # part of it that is left after explore_decay_steps, in [0, 1]
+    policy_penalty_kept: Share = 0.05  # part of it that is left after explore_decay_steps, in [0, 1]
     policy_switch_steps: Whole = 0  # until then none of policy_horizon, policy_std, policy_penalty_kept, agent steps
-    policy_step_error: NonNegative = 0.0  # nor while a model's step errs by more than this share of it; 0: whatever
+    policy_step_error: NonNegative = 0.3  # nor while a model's step errs by more than this share of it; 0: whatever
     smooth_std: NonNegative = 0.2  # spread of the noise on target actions, action units (discrete: probability)
     smooth_clip: NonNegative = 0.3  # largest noise on target actions, action units
     seed_steps: Whole = 1000  # random actions before learning starts, agent steps
@@ -261,7 +261,8 @@ def _as_before(tree: object) -> object:
         return tree
     agent = tree["agent"]
     planned = {"eval_samples": agent["plan_samples"]} if "plan_samples" in agent else {}
-    return tree | {"agent": {"priority": 0.0, "novelty_spread": 0.0} | planned | agent}
+    value_alone = {"policy_horizon": 0, "policy_std": 0.0, "policy_penalty_kept": 1.0, "policy_step_error": 0.0}
+    return tree | {"agent": {"priority": 0.0, "novelty_spread": 0.0} | value_alone | planned | agent}
 
 
 def read_config(path: str | os.PathLike[str]) -> Config:

@@ -27,7 +27,7 @@ SMALL = {
     "policy_dim": 16, "value_dim": 16, "head_dim": 16, "batch_size": 12, "model_batch_size": 6, "horizon": 2,
     "seed_steps": 10, "update_ratio": 0.5, "plan_samples": 40, "plan_horizon": 3, "plan_loops": 2,
     "plan_iterations": 2, "plan_collect": False, "model_every": 1, "policy_every": 1, "discount": 0.5,
-    "n_step": 3,
+    "n_step": 3, "policy_horizon": 0, "policy_std": 0.0, "policy_penalty_kept": 1.0, "policy_step_error": 0.0,
 }  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def test_the_defaults_are_those_of_the_dataclasses() -> None:
 def test_every_group_option_builds(group: str, option: str) -> None:
     cfg = load_config([f"{group}={option}"])
     part = getattr(cfg, group, None)  # size is a group without a section
-    named = (getattr(part, "name", None), getattr(part, "suite", None), "fast", "model_gradient")
+    named = (getattr(part, "name", None), getattr(part, "suite", None), "fast")
     assert part is None or option in named
 
 
@@ -169,9 +169,13 @@ def test_the_fast_agent_is_the_planner_with_fewer_updates_of_the_model() -> None
     assert fast.name == default.name == "planner" and fast.model_every > default.model_every
 
 
-def test_the_gated_gradient_is_the_ablation_of_it() -> None:
-    words = CHANGES["gradient_where_a_step_is_known"]
-    assert load_config(["agent=model_gradient"]) == load_config(words) != load_config([])
+def test_a_config_from_before_the_gradient_through_the_model_climbs_the_value(tmp_path) -> None:
+    path = tmp_path / "config.yaml"
+    save_config(load_config([]), path)
+    lines = path.read_text().splitlines(True)
+    path.write_text("".join(x for x in lines if not x.strip().startswith("policy_") or "policy_dim" in x))
+    before, words = read_config(path).agent, CHANGES["value_gradient"]
+    assert before == load_config([*words, "agent.policy_step_error=0"]).agent != load_config([]).agent
 
 
 @pytest.mark.parametrize(
