@@ -2,8 +2,9 @@
 
 After TD-MPC2 (2310.16828) and MR.Q (2501.16142): the world model is trained by multi-step latent consistency, reward
 and continuation; the value off it, on real latents (with ``imagined_steps`` on imagined ones too), by n-step double
-Q-learning (TD3 style); the policy by the value's gradient, or (``policy_horizon``) by that of its return through some
-steps of the model and the value after them. Here is how it learns; how it acts stands in agents/acting.py.
+Q-learning (TD3 style); the policy by the gradient of its return through some steps of the model and the value after
+them (``policy_horizon``), or by the value's alone where the model knows too little of a step. Here is how it learns;
+how it acts stands in agents/acting.py.
 """
 
 from __future__ import annotations
