@@ -29,7 +29,7 @@ from loopwm.model.world_model import WorldModel
 from loopwm.training.replay import Batch
 
 PRIORITY_FLOOR = 1e-3  # so that a transition which is known today may be drawn again; of values without a unit
-REFRESH = 250  # updates between looks at the replay for the largest priority and the mean size of a reward
+REFRESH = 250  # updates between looks at the replay: the largest priority, the mean size of a reward, the step's error
 LEAST_UNIT = 1e-3  # of the values, where hardly any reward has been seen
 
 
@@ -351,7 +351,7 @@ class PlannerAgent(ActingAgent):
         adaptive, trained = dynamics(z, action), dynamics(z, action, dynamics.mean_loops)
         planned = dynamics(z, action, self.config.plan_loops) if self.config.plan_loops else adaptive
         found = {
-            "latent/step_error": self._measure_step(z, action, z_next),
+            "latent/step_error": step_error(planned.z_next, z, z_next),
             "loop/mean": float(planned.loops.double().mean()),  # in a plan's predictions
             "loop/adaptive_mean": float(adaptive.loops.double().mean()),
             "loop/adaptive_max": float(adaptive.loops.max()),

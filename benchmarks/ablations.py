@@ -40,6 +40,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
         "agent.policy_horizon=0",
         "agent.policy_std=0",
         "agent.policy_penalty_kept=1",
+        "agent.policy_step_error=0",
     ),
     "constant_penalty": ("agent.policy_penalty_kept=1",),
     "any_step_error": ("agent.policy_step_error=0",),

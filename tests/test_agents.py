@@ -1189,10 +1189,8 @@ def test_halting_by_the_prediction_reads_reward_and_value_while_acting(patience)
     agent, counts = make(dynamics=loop, plan_loops=0, discount=0.9), []
     for module in (agent.slow_model, agent.policy, agent.value):
         module.double()
-    z, action = (
-        agent.encode(torch.as_tensor(observations(5)).double()),
-        torch.rand(5, agent.action_dim).double() * 2 - 1,
-    )
+    z = agent.encode(torch.as_tensor(observations(5)).double())
+    action = torch.rand(5, agent.action_dim).double() * 2 - 1
     dynamics, stream = agent.slow_model.dynamics, torch.Generator().manual_seed(1)
     for valued in (False, True):  # what alone says something: the reward, or the value
         with torch.no_grad():
@@ -1209,9 +1207,8 @@ def test_halting_by_the_prediction_reads_reward_and_value_while_acting(patience)
         if patience == 2:
             still[1:] *= still[:-1].clone()
             still[0] = 0
-        assert (
-            loops.tolist() == (still.argmax(0) + 1).tolist() and patience < int(loops.min()) and int(loops.max()) < 60
-        )
+        assert loops.tolist() == (still.argmax(0) + 1).tolist()
+        assert patience < int(loops.min()) and int(loops.max()) < 60
         counts.append(loops)
     assert not torch.equal(*counts)
 
