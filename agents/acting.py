@@ -15,7 +15,6 @@ from agents.exploration import CorrelatedNoise
 from agents.mppi import PlanBudget, draw, mppi, score_all
 from agents.novelty import Novelty
 from loopwm.config import PlannerConfig
-from loopwm.dynamics import PredictionHalting
 from loopwm.model.world_model import WorldModel
 
 
@@ -49,9 +48,7 @@ class ActingAgent:
         self.largest_reward = torch.zeros((), device=device)  # in size, that was learnt from
         self.seeking = 0.0  # share of the last thousand exploring steps, about, that were after what is new
         self._noise = CorrelatedNoise(config.explore_correlation)
-        for rule in slow_model.dynamics.modules():
-            if isinstance(rule, PredictionHalting):  # in place of what it read before: a model's heads know no value
-                rule.read_off(self.worth_of_step)
+        slow_model.halt_on(self.worth_of_step)  # the model's own heads know no value
 
     def encode(self, obs: Tensor) -> Tensor:
         """obs (..., O) -> z (..., Z) by the slow copy of the world model.
@@ -61,7 +58,7 @@ class ActingAgent:
         """
         return self.slow_model.encode(obs)
 
-    def pair(self, z: Tensor, action: Tensor) -> Tensor:
+    def value_input(self, z: Tensor, action: Tensor) -> Tensor:
         """What the value reads of z (B, ..., Z) and action (B, ..., A): (B, ..., Z + A), or (B, ..., Z + A + D).
 
         With ``value_loops`` that includes the loop state which the slow model makes of the two, from which it predicts
@@ -76,7 +73,7 @@ class ActingAgent:
 
     def state_value(self, z: Tensor) -> Tensor:
         """z (B, ..., Z) -> value (B, ...) of what the policy does there, the mean of the ensemble."""
-        return self.value.values(self.pair(z, self.policy(z)[0])).mean(0)
+        return self.value.values(self.value_input(z, self.policy(z)[0])).mean(0)
 
     def worth_of_step(self, z: Tensor, h: Tensor) -> Tensor:
         """Reward and discounted value (B, 2) of the step from z (B, Z) whose loop stands at h (B, D).
@@ -176,12 +173,12 @@ class ActingAgent:
             value = reward[t] + discount[t] * value
         return value
 
-    def follow(
+    def imagine(
         self, z: Tensor, action: Tensor, act: Callable[[Tensor], Tensor], horizon: int
     ) -> tuple[Tensor | float, Tensor | float, Tensor]:
         """Imagine ``horizon`` steps from z (B, Z), of action (B, A) and then of act(z) (B, A), with their gradient.
 
-        Returns their discounted reward (B,), what a value after them counts (B,), and the ``pair`` that it would read.
+        Returns their discounted reward (B,), what a value after them counts (B,), and the ``value_input`` for it.
         """
         reward_sum, discount = 0.0, 1.0
         for _ in range(horizon):
@@ -190,7 +187,7 @@ class ActingAgent:
             reward_sum, discount = reward_sum + discount * reward, discount * self.config.discount * continuation
             z = out.z_next
             action = act(z)
-        return reward_sum, discount, self.pair(z, action)
+        return reward_sum, discount, self.value_input(z, action)
 
     def newness(self, z: Tensor, actions: Tensor) -> Tensor:
         """Sum (R,) of the novelties of the latents that actions (H, R, A) lead through from z (R, Z)."""

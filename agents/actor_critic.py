@@ -62,7 +62,7 @@ class ValueEnsemble(nn.Module):
     """``members`` independent state-action values.
 
     Args:
-        width: of what they read of a state and an action, see ``PlannerAgent.pair``.
+        width: of what they read of a state and an action, see ``PlannerAgent.value_input``.
         loss: ``huber``: each is a number in units of a reward (MR.Q, 2501.16142); ``two_hot``: a distribution (TD-MPC2,
             2310.16828).
     """
@@ -75,17 +75,17 @@ class ValueEnsemble(nn.Module):
             nn.init.zeros_(member[-1].weight)
             nn.init.zeros_(member[-1].bias)
 
-    def forward(self, pair: Tensor) -> Tensor:
-        """pair (..., width) -> (E, ..., bins), what ``code`` decodes."""
-        return torch.stack([member(pair) for member in self.members])
+    def forward(self, inputs: Tensor) -> Tensor:
+        """inputs (..., width) -> (E, ..., bins), what ``code`` decodes."""
+        return torch.stack([member(inputs) for member in self.members])
 
-    def first_value(self, pair: Tensor) -> Tensor:
-        """pair (..., width) -> value (...,) of the first member alone, at a fraction of the cost."""
-        return self.code.decode(self.members[0](pair))
+    def first_value(self, inputs: Tensor) -> Tensor:
+        """inputs (..., width) -> value (...,) of the first member alone, at a fraction of the cost."""
+        return self.code.decode(self.members[0](inputs))
 
-    def values(self, pair: Tensor) -> Tensor:
-        """pair (..., width) -> values (E, ...)."""
-        return self.code.decode(self.forward(pair))
+    def values(self, inputs: Tensor) -> Tensor:
+        """inputs (..., width) -> values (E, ...)."""
+        return self.code.decode(self.forward(inputs))
 
     @property
     def unit(self) -> Tensor | None:

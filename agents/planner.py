@@ -165,8 +165,8 @@ class PlannerAgent(ActingAgent):
                 imagined = self._imagined_rows(z, batch)
                 rows = [torch.cat(both) for both in zip(rows, imagined, strict=True)]
             z, taken, target, weight = rows
-            pair = self.pair(z, taken)
-        metrics, out = self._update_value(pair, target, weight)
+            inputs = self.value_input(z, taken)
+        metrics, out = self._update_value(inputs, target, weight)
         real = slice(len(batch.start))  # they come first
         if self.novelty is not None:
             self.largest_reward = torch.maximum(self.largest_reward, batch.reward.abs().amax())
@@ -252,12 +252,12 @@ class PlannerAgent(ActingAgent):
         returns = (powers[:-1, None] * reward).sum(0)  # (B,); masked rewards are zero
         bootstrap = powers[mask.sum(0).long()] * (1.0 - terminated.amax(0))  # truncation does not stop it
         action = self.policy.perturb(self.policy_target(z_end)[0], c.smooth_std, c.smooth_clip, self.generator)
-        value = self.value_target.values(self.pair(z_end, action)).amin(0)
+        value = self.value_target.values(self.value_input(z_end, action)).amin(0)
         return returns + bootstrap * value
 
-    def _update_value(self, pair: Tensor, target: Tensor, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """pair (B, ...), target and weight (B,) -> (metrics, the values (E, B, bins) before the step, encoded)."""
-        out = self.value(pair)  # (E, B, bins)
+    def _update_value(self, inputs: Tensor, target: Tensor, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """inputs (B, ...), target and weight (B,) -> (metrics, the values (E, B, bins) before the step, encoded)."""
+        out = self.value(inputs)  # (E, B, bins)
         losses = self.value.code.loss(out, target.expand(out.shape[0], -1)).sum(0)  # (B,)
         loss = (losses * weight).sum() / weight.sum()
         self.value_optimizer.zero_grad()
@@ -278,7 +278,7 @@ class PlannerAgent(ActingAgent):
         if terms.horizon:
             z, weight = z[: c.model_batch_size], weight[: c.model_batch_size]
         self.value.requires_grad_(False)
-        worth, size = self._policy_worth(z)
+        worth, size = self._policy_worth(z, terms)
         scale = masked_mean(worth.detach().abs(), weight).clamp_min(1e-3)
         loss = masked_mean(terms.penalty * size - worth / scale, weight)
         self.policy_optimizer.zero_grad()
@@ -301,23 +301,23 @@ class PlannerAgent(ActingAgent):
         penalty = c.policy_penalty * self._annealed(1.0, c.policy_penalty_kept)
         return PolicyTerms(c.policy_horizon, c.policy_std, penalty)
 
-    def _policy_worth(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _policy_worth(self, z: Tensor, terms: PolicyTerms) -> tuple[Tensor, Tensor]:
         """What the policy is worth from z (B, Z), and the mean square of its pre-activations: (B,) each.
 
-        The return of ``policy_horizon`` imagined steps and the mean value of the next, whose gradient goes through the
+        The return of ``terms.horizon`` imagined steps and the mean value of the next, whose gradient goes through the
         slow model: a value-expanded stochastic value gradient (SVG(H), 1510.09142 and 2008.12775). The actions of all
         steps are noisy, so that it is that of a smoothed value, and count in the mean square. Without a horizon it is
         the first value, as in TD3 (1802.09477). ``python -m benchmarks.policy_gradients`` compares such gradients.
         """
-        terms, sizes = self.policy_terms(), []
+        sizes = []
 
         def act(z: Tensor) -> Tensor:
             action, raw = self.policy(z)
             sizes.append(raw.square().mean(-1))
             return self.policy.perturb(action, terms.std, 1.0, self.generator) if terms.std else action
 
-        reward, discount, pair = self.follow(z, act(z), act, terms.horizon)
-        value = self.value.values(pair).mean(0) if terms.horizon else self.value.first_value(pair)
+        reward, discount, inputs = self.imagine(z, act(z), act, terms.horizon)
+        value = self.value.values(inputs).mean(0) if terms.horizon else self.value.first_value(inputs)
         return reward + discount * value, torch.stack(sizes).mean(0)
 
     def _update_novelty(self, z: Tensor) -> dict[str, Any]:

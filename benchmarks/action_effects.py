@@ -54,7 +54,7 @@ def effects(
     real = agent.encode(after)  # (S, K, Z)
     imagined = agent.slow_model.dynamics(z, flat, depth).z_next.view_as(real)
     worth = agent.state_value(real)  # (S, K)
-    value = agent.value.values(agent.pair(z, flat)).mean(0).view(states, changes)
+    value = agent.value.values(agent.value_input(z, flat)).mean(0).view(states, changes)
     learnt = reward + agent.config.discount * (1.0 - terminated) * worth
     found = (explained(imagined, real), agreement(agent.state_value(imagined), worth), agreement(value, learnt))
     return dict(zip(MEASURES, found, strict=True))

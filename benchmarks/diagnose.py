@@ -151,7 +151,7 @@ def value_errors(agent: PlannerAgent, data: Episodes) -> dict[str, float]:
     starts = len(data.reward) - left
     if starts < 2:
         return {}
-    value = agent.value.values(agent.pair(agent.encode(data.obs[:starts]), data.action[:starts]))  # (2, T', E)
+    value = agent.value.values(agent.value_input(agent.encode(data.obs[:starts]), data.action[:starts]))  # (2, T', E)
     mean, truth = value.mean(0).flatten(), returns[:starts].flatten()
     return {
         "return, discounted": float(truth.mean()),

@@ -141,8 +141,8 @@ def gradient(agent: PlannerAgent, z: Tensor, kind: Kind) -> Tensor:
     own = agent.policy(z)[0].detach()
     for _ in range(draws):
         first = agent.policy.perturb(own, kind.noise, 1.0, stream).requires_grad_()
-        reward, discount, pair = agent.follow(z, first, lambda at: agent.policy(at)[0], kind.horizon)
-        worth = reward + discount * agent.value.values(pair)[: kind.values].mean(0)
+        reward, discount, inputs = agent.imagine(z, first, lambda at: agent.policy(at)[0], kind.horizon)
+        worth = reward + discount * agent.value.values(inputs)[: kind.values].mean(0)
         total = total + torch.autograd.grad(worth.sum(), first)[0]
     return total / draws
 

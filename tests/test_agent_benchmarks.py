@@ -322,7 +322,7 @@ def test_what_a_plan_decides_by_is_held_against_what_it_ends_in():
         found = diagnose.plan_errors(agent, data, 2)
         z = agent.encode(data.obs)
         ends = [agent.slow_model.dynamics(z[:-1].flatten(0, 1), torch.zeros(22, 2), 2).z_next, z[1:].flatten(0, 1)]
-        worth = [agent.value.values(agent.pair(end, agent.policy(end)[0])).mean(0) for end in ends]
+        worth = [agent.value.values(agent.value_input(end, agent.policy(end)[0])).mean(0) for end in ends]
         off = float((worth[0] - worth[1]).square().mean().sqrt())
         assert found["value at a plan's end, imagined minus real, rms"] == pytest.approx(off) and off > 0
     agent.config = dataclasses.replace(agent.config, plan_samples=0)
@@ -406,7 +406,7 @@ def test_a_gradient_is_the_slope_of_what_it_says(horizon):
             actions.append(a)
             at = agent.slow_model.dynamics(at, a, 3).z_next
             a = agent.policy(at)[0]
-        return agent.score(z, torch.stack(actions)) if horizon else agent.value.values(agent.pair(z, a)).mean(0)
+        return agent.score(z, torch.stack(actions)) if horizon else agent.value.values(agent.value_input(z, a)).mean(0)
 
     with torch.no_grad():
         for i in range(2):
@@ -480,7 +480,7 @@ def test_effects_of_actions_that_are_known_and_unknown():
     after, reward = obs.unsqueeze(1) + action, torch.randn(6, 5, generator=stream)
     agent.encode = lambda seen: seen
     agent.state_value = lambda z: z[..., 0]
-    agent.pair = lambda z, action: torch.cat([z, action], -1)
+    agent.value_input = lambda z, action: torch.cat([z, action], -1)
     known = reward.flatten() + 0.5 * after[..., 0].flatten()
     over = torch.zeros(6, 5)
     agent.value = SimpleNamespace(values=lambda pair: torch.stack([known, known]))

@@ -343,19 +343,19 @@ def test_a_new_unit_leaves_values_and_the_loss_in_units_of_it_by_hand():
 def test_values_are_in_units_of_the_mean_reward_and_carry_the_change():
     agent, replay = make(value_loss="huber"), filled_replay()
     z, action = torch.randn(20, 6), torch.zeros(20, A)
-    before = agent.value_target.values(agent.pair(z, action))
+    before = agent.value_target.values(agent.value_input(z, action))
     agent.targets["value"].tau = agent.value_optimizer.learning_rate = 0.0
     agent.update(replay)
     assert float(agent.value.unit) == pytest.approx(np.abs(replay.reward[:60]).mean()) != 1.0
     for value in (agent.value, agent.value_target):
-        torch.testing.assert_close(value.values(agent.pair(z, action)), before)
+        torch.testing.assert_close(value.values(agent.value_input(z, action)), before)
     replay.reward *= 7.0
     for _ in range(REFRESH - 1):
         agent.update(replay)
     unit = float(agent.value.unit)
     agent.update(replay)
     assert float(agent.value.unit) == float(agent.value_target.unit) == pytest.approx(7.0 * unit)
-    torch.testing.assert_close(agent.value.values(agent.pair(z, action)), before)
+    torch.testing.assert_close(agent.value.values(agent.value_input(z, action)), before)
     replay.reward[:] = 0.0
     agent.updates = 0
     agent.update(replay)
@@ -590,7 +590,7 @@ def test_score_is_the_imagined_return():
         for action in actions:
             step = agent.slow_model.step(z, action, 2)
             expected, worth, z = expected + worth * step.reward, worth * 0.8 * step.continuation, step.z_next
-        expected += worth * agent.value.values(agent.pair(z, agent.policy(z)[0])).mean(0)
+        expected += worth * agent.value.values(agent.value_input(z, agent.policy(z)[0])).mean(0)
     torch.testing.assert_close(given, expected)
 
 
@@ -716,7 +716,7 @@ def test_the_policy_climbs_what_a_plan_of_its_own_actions_scores(discrete, horiz
     agent = make(discrete, policy_horizon=horizon, policy_std=0.0, plan_horizon=horizon)
     agent.update(filled_replay(discrete))
     z = agent.encode(torch.as_tensor(observations(20)))
-    worth, size = agent._policy_worth(z)
+    worth, size = agent._policy_worth(z, agent.policy_terms())
     own = dataclasses.replace(agent.budget, policy_samples=1)
     actions = agent._policy_sequences(z, own)[:, :, 0]
     torch.testing.assert_close(worth, agent.score(z, actions))
@@ -727,8 +727,8 @@ def test_without_a_horizon_the_policy_climbs_the_first_value():
     agent = make(policy_horizon=0, policy_std=0.0)
     z = agent.encode(torch.as_tensor(observations(20)))
     action, raw = agent.policy(z)
-    worth, size = agent._policy_worth(z)
-    assert torch.equal(worth, agent.value.first_value(agent.pair(z, action)))
+    worth, size = agent._policy_worth(z, agent.policy_terms())
+    assert torch.equal(worth, agent.value.first_value(agent.value_input(z, action)))
     assert torch.equal(size, raw.square().mean(-1))
 
 
@@ -740,13 +740,13 @@ def test_the_policys_gradient_is_the_slope_of_its_worth(horizon):
         module.double()
     z = torch.randn(20, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     parameters = list(agent.policy.parameters())
-    gradient = torch.autograd.grad(agent._policy_worth(z)[0].mean(), parameters)
+    gradient = torch.autograd.grad(agent._policy_worth(z, agent.policy_terms())[0].mean(), parameters)
     size, reached = torch.cat([g.flatten() for g in gradient]).norm(), []
     for step in (1e-6, -2e-6):
         with torch.no_grad():
             for p, g in zip(parameters, gradient, strict=True):
                 p.add_(g / size, alpha=step)
-            reached.append(float(agent._policy_worth(z)[0].mean()))
+            reached.append(float(agent._policy_worth(z, agent.policy_terms())[0].mean()))
     assert (reached[0] - reached[1]) / 2e-6 == pytest.approx(float(size), rel=1e-3)
 
 
@@ -768,23 +768,23 @@ def test_the_policy_learns_by_what_the_model_alone_tells(discrete):
 
 def test_every_action_that_the_policy_learns_by_is_noisy(monkeypatch):
     agent, seen = make(policy_horizon=2, policy_std=0.3), []
-    pair, dynamics = agent.pair, agent.slow_model.dynamics
-    monkeypatch.setattr(agent, "pair", lambda z, action: seen.append(action.detach()) or pair(z, action))
+    read, dynamics = agent.value_input, agent.slow_model.dynamics
+    monkeypatch.setattr(agent, "value_input", lambda z, action: seen.append(action.detach()) or read(z, action))
     monkeypatch.setattr(
         dynamics,
         "forward",
         lambda z, a, *rest: seen.append(a.detach()) or type(dynamics).forward(dynamics, z, a, *rest),
     )
-    agent._policy_worth(torch.zeros(4000, 6))  # the same latent, whose own action is the same
+    agent._policy_worth(torch.zeros(4000, 6), agent.policy_terms())  # the same latent, whose own action is the same
     assert len(seen) == 3 and seen[0].std(0).min() == pytest.approx(0.3, rel=0.1)
     assert all(action.std(0).min() > 0.2 for action in seen)
 
 
 def test_a_share_of_the_discrete_actions_that_the_policy_learns_by_is_random():
     agent = make(True, policy_horizon=0, policy_std=0.6)
-    seen, pair = [], agent.pair
-    agent.pair = lambda z, action: seen.append(action.detach()) or pair(z, action)
-    agent._policy_worth(torch.zeros(4000, 6))
+    seen, read = [], agent.value_input
+    agent.value_input = lambda z, action: seen.append(action.detach()) or read(z, action)
+    agent._policy_worth(torch.zeros(4000, 6), agent.policy_terms())
     share = float((seen[0].argmax(-1) != seen[0].argmax(-1).mode()[0]).float().mean())
     assert share == pytest.approx(0.6 * (A - 1) / A, abs=0.05)
 
@@ -793,7 +793,7 @@ def test_the_penalty_is_of_all_actions_that_the_policy_learns_by():
     agent, raws = make(policy_horizon=2, policy_std=0.0), []
     forward = agent.policy.forward
     agent.policy.forward = lambda z: raws.append(forward(z)) or raws[-1]
-    _, size = agent._policy_worth(torch.randn(12, 6))
+    _, size = agent._policy_worth(torch.randn(12, 6), agent.policy_terms())
     torch.testing.assert_close(size, torch.stack([raw.square().mean(-1) for _, raw in raws]).mean(0))
     assert len(raws) == 3
 
@@ -888,11 +888,11 @@ def test_the_value_reads_the_slow_models_loop_state(name):
     agent = make(value_loops=3, dynamics={"name": name})
     z, action = torch.randn(2, 5, 6), torch.rand(2, 5, A)
     with torch.no_grad():
-        pair = agent.pair(z, action)
+        pair = agent.value_input(z, action)
         h = agent.slow_model.dynamics(z.view(10, 6), action.view(10, A), 3).h.view(2, 5, -1)
     standard = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(pair, torch.cat([z, action, standard], -1))
-    assert (make().pair(z, action) == torch.cat([z, action], -1)).all()
+    assert (make().value_input(z, action) == torch.cat([z, action], -1)).all()
 
 
 @KINDS
@@ -905,7 +905,7 @@ def test_a_value_that_reads_the_loop_state_trains_no_model_and_leads_the_policy_
     z = agent.encode(torch.as_tensor(observations(20)))
     for update, own in (
         (lambda: agent._update_policy(z, torch.ones(len(z))), {"policy"}),
-        (lambda: agent._update_value(agent.pair(z, agent.policy(z)[0]).detach(), *torch.ones(2, 20)), {"value"}),
+        (lambda: agent._update_value(agent.value_input(z, agent.policy(z)[0]).detach(), *torch.ones(2, 20)), {"value"}),
     ):
         before = weights(agent)
         update()
@@ -1025,8 +1025,8 @@ def test_value_learns_its_target(loss):
     z, action = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(20, A)
     target = torch.linspace(-30, 30, 20)
     for _ in range(1500):  # of two-hot, a stray 0.01 % of the outermost bin, 22,025, is worth 2.2: tails fade last
-        agent._update_value(agent.pair(z, action), target, torch.ones_like(target))
-    learnt = agent.value.values(agent.pair(z, action)).detach()
+        agent._update_value(agent.value_input(z, action), target, torch.ones_like(target))
+    learnt = agent.value.values(agent.value_input(z, action)).detach()
     torch.testing.assert_close(learnt, target.expand(2, -1), atol=3.0, rtol=0.15)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -69,9 +70,17 @@ class WorldModel(nn.Module):
         self.reward = RewardHead(dynamics.state_dim, head_dim, activation=activation)
         self.continuation = ContinuationHead(dynamics.state_dim, head_dim // 2, activation)
         self.decoder = decoder
-        for rule in dynamics.modules():
-            if isinstance(rule, PredictionHalting) and rule.readout is None:
+        for rule in self._prediction_rules():
+            if rule.readout is None:
                 rule.read_off(self._readout)
+
+    def _prediction_rules(self) -> list[PredictionHalting]:
+        return [rule for rule in self.dynamics.modules() if isinstance(rule, PredictionHalting)]
+
+    def halt_on(self, readout: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Let the rule that halts by a prediction, if there is one, look at ``readout`` in place of the heads here."""
+        for rule in self._prediction_rules():
+            rule.read_off(readout)
 
     def heads(self) -> list[nn.Module]:
         """What is read off the latents and the loop's states."""
