@@ -27,11 +27,9 @@ from torch import Tensor
 
 from agents import PlannerAgent, load_agent
 from benchmarks.diagnose import SEED
-from benchmarks.harness import interval, report
+from benchmarks.harness import interval, refusing, report
 from benchmarks.policy_gradients import agreement, asked, changed_actions
-from envs import TaskError, make_env
-from loopwm.config import ConfigError
-from loopwm.training.checkpoint import CheckpointError
+from envs import make_env
 
 MEASURES = ("latent", "value, by the model", "action value")
 
@@ -79,14 +77,11 @@ def measure(run_dir: Path, states: int, changes: int) -> dict[str, Any]:
     return names | {name: round(value, 3) for name, value in found.items()}
 
 
+@refusing
 def main(arguments: list[str]) -> int:
     """Exit code: 0 measured, 2 something to correct."""
     args, states, changes = asked(__doc__, arguments)
-    try:
-        rows = [measure(run_dir, states, changes) for run_dir in args.run_dirs]
-    except (CheckpointError, ConfigError, TaskError, OSError) as error:
-        print(f"action_effects: {error}", file=sys.stderr)
-        return 2
+    rows = [measure(run_dir, states, changes) for run_dir in args.run_dirs]
     for row in rows:
         print(json.dumps(row))
     headline = {name: interval([row[name] for row in rows]) for name in MEASURES}

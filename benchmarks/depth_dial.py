@@ -22,10 +22,8 @@ import torch
 from agents import PlannerAgent, load_agent
 from benchmarks.ablations import paired
 from benchmarks.diagnose import Episodes, episode_returns, model_errors, play, turned
-from benchmarks.harness import median_seconds, parser, report
-from envs import TaskError
+from benchmarks.harness import median_seconds, parser, refusing, report
 from loopwm.config import Config, ConfigError
-from loopwm.training.checkpoint import CheckpointError
 
 POLICY = "policy alone"
 ERRORS = ("reward, 1 ahead", "reward, 3 ahead", "latent, 3 ahead", "latent, 10 ahead")
@@ -104,6 +102,7 @@ def checked(p: ArgumentParser, arguments: list[str]) -> Any:
     return args
 
 
+@refusing
 def main(arguments: list[str]) -> int:
     """Exit code: 0 measured, 2 something to correct."""
     p = parser(__doc__.splitlines()[0])
@@ -112,13 +111,9 @@ def main(arguments: list[str]) -> int:
     p.add_argument("--base", type=int, default=4, help="the number of loops that the others are compared with")
     p.add_argument("--episodes", type=int, default=10)
     args = checked(p, arguments)
-    try:
-        episodes = 2 if args.quick else args.episodes
-        loaded = [(run_dir, *load_looped(run_dir)) for run_dir in args.run_dirs]  # before minutes are spent on any
-        rows = [row for one in loaded for row in dial(*one, args.loops, episodes)]
-    except (CheckpointError, ConfigError, TaskError, OSError) as error:
-        print(f"depth_dial: {error}", file=sys.stderr)
-        return 2
+    episodes = 2 if args.quick else args.episodes
+    loaded = [(run_dir, *load_looped(run_dir)) for run_dir in args.run_dirs]  # before minutes are spent on any
+    rows = [row for one in loaded for row in dial(*one, args.loops, episodes)]
     found = differences(rows, args.base)
     report("depth_dial", args, sorted({row["seed"] for row in rows}), rows, found, verdict(found, len(args.run_dirs)))
     return 0

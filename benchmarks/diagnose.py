@@ -32,12 +32,10 @@ from torch import Tensor
 
 from agents import PlannerAgent, load_agent
 from agents.mppi import score_all
-from benchmarks.harness import interval, parser, report
+from benchmarks.harness import interval, parser, refusing, report
 from envs import TaskError, make_vector_env
-from loopwm.config import ConfigError
 from loopwm.inspect.measure import unexplained
 from loopwm.model.encoders import latent_spread, step_error, symlog
-from loopwm.training.checkpoint import CheckpointError
 from loopwm.training.rollout import rollout
 
 STEPS = (1, 3, 5, 10)  # ahead
@@ -205,6 +203,7 @@ def diagnose(run_dir: Path, episodes: int) -> dict[str, Any]:
     return names | {"frames": frames} | {name: round(value, 4) for name, value in found.items()}
 
 
+@refusing
 def main(arguments: list[str]) -> int:
     """Exit code: 0 measured, 2 something to correct."""
     p = parser(__doc__.splitlines()[0])
@@ -213,11 +212,7 @@ def main(arguments: list[str]) -> int:
     args = p.parse_args(arguments)
     if args.episodes < 1:
         p.error(f"--episodes {args.episodes}: must be at least 1")
-    try:
-        rows = [diagnose(run_dir, 2 if args.quick else args.episodes) for run_dir in args.run_dirs]
-    except (CheckpointError, ConfigError, TaskError, OSError) as error:
-        print(f"diagnose: {error}", file=sys.stderr)
-        return 2
+    rows = [diagnose(run_dir, 2 if args.quick else args.episodes) for run_dir in args.run_dirs]
     for row in rows:
         print(json.dumps(row, indent=1))
     names = ("return, policy", "return, planner", "value minus return", "reward, 3 ahead")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -20,8 +21,10 @@ import numpy as np
 import torch
 
 from agents import resolve_device
+from envs import TaskError
 from loopwm.config import ConfigError, load_config, read_config
 from loopwm.inspect.measure import strict
+from loopwm.training.checkpoint import CheckpointError
 from loopwm.training.run_dir import changed_settings, commit, versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +47,20 @@ def parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmarks", help="where training runs are kept")
     p.add_argument("--jobs", type=int, default=len(cores()), help="training runs side by side, a core each")
     return p
+
+
+def refusing(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """A benchmark's ``main`` that answers what cannot be read or played with one line and exit code 2."""
+
+    @functools.wraps(main)
+    def answer(arguments: list[str]) -> int:
+        try:
+            return main(arguments)
+        except (CheckpointError, ConfigError, TaskError, OSError) as error:
+            print(f"{Path(main.__code__.co_filename).stem}: {error}", file=sys.stderr)
+            return 2
+
+    return answer
 
 
 def device_option(name: str) -> torch.device:

@@ -30,10 +30,8 @@ from torch import Tensor
 
 from agents import PlannerAgent, load_agent
 from benchmarks.diagnose import SEED
-from benchmarks.harness import interval, parser, report
+from benchmarks.harness import interval, parser, refusing, report
 from envs import TaskError, make_env
-from loopwm.config import ConfigError
-from loopwm.training.checkpoint import CheckpointError
 
 REWARDS, BOOTSTRAP = 30, 10  # agent steps in the simulator, of (a) and (b)
 TRUTHS = (f"rewards of {REWARDS} steps", f"rewards of {BOOTSTRAP} steps and the value")
@@ -185,14 +183,11 @@ def asked(doc: str, arguments: list[str]) -> tuple[Namespace, int, int]:
     return args, *((8, 4) if args.quick else (args.states, args.changes))
 
 
+@refusing
 def main(arguments: list[str]) -> int:
     """Exit code: 0 measured, 2 something to correct."""
     args, states, changes = asked(__doc__, arguments)
-    try:
-        rows = [row for run_dir in args.run_dirs for row in compare(run_dir, states, changes)]
-    except (CheckpointError, ConfigError, TaskError, OSError) as error:
-        print(f"policy_gradients: {error}", file=sys.stderr)
-        return 2
+    rows = [row for run_dir in args.run_dirs for row in compare(run_dir, states, changes)]
     for row in rows:
         print(json.dumps(row))
     headline, said = {}, []
