@@ -99,6 +99,10 @@ class GridModel(nn.Module):
         """What is seen of the world (B, ...) -> z (B, D, rows, columns)."""
         return self.encoder(world)
 
+    def read(self, world: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """What the dynamics are given: z (B, D, rows, columns) and action (B, 1, rows, columns)."""
+        return self.encode(world), action
+
     def decode(self, z_next: Tensor, action: Tensor) -> Tensor:
         """z' (B, D, rows, columns), action (B, 1, rows, columns) -> logits (B, classes, ...)."""
         return self.decoder(z_next)
@@ -107,13 +111,13 @@ class GridModel(nn.Module):
         self, world: Tensor, action: Tensor, depth: int | None = None, h0: Tensor | None = None
     ) -> tuple[Tensor, DynamicsOutput]:
         """(logits, the dynamics' output)."""
-        out = self.dynamics(self.encode(world), action, depth, h0)
+        out = self.dynamics(*self.read(world, action), depth, h0)
         return self.decode(out.z_next, action), out
 
     def trajectory(self, world: Tensor, action: Tensor, loops: int) -> tuple[Tensor, list[Tensor]]:
         """(states (loops + 1, B, ...), the logits after each of the loops)."""
-        z = self.encode(world)
-        states = self.dynamics.trajectory(z, action, loops)
+        z, told = self.read(world, action)
+        states = self.dynamics.trajectory(z, told, loops)
         return states, [self.decode(self.dynamics.coda(z, h), action) for h in states[1:]]
 
 

@@ -10,18 +10,20 @@ from pathlib import Path
 from benchmarks.grid_tasks import Permutation, Sandpile
 from benchmarks.harness import device_option, parser
 from benchmarks.lab import RATES, Task
+from benchmarks.token_tasks import TokenPermutation
 from benchmarks.vector_tasks import Control, TimeWarp
 
 TASKS: dict[str, Callable[[Path], Task]] = {
     "sandpile": lambda runs: Sandpile(),
     "permutation": lambda runs: Permutation(),
+    "permutation-tokens": lambda runs: TokenPermutation(),
     "timewarp-cartpole-swingup": lambda runs: TimeWarp(runs, "cartpole-swingup"),
     "walker-walk-random": lambda runs: Control(runs, "walker-walk", policy=False),
     "walker-walk-policy": lambda runs: Control(runs, "walker-walk", policy=True),
     "cheetah-run-random": lambda runs: Control(runs, "cheetah-run", policy=False),
     "cheetah-run-policy": lambda runs: Control(runs, "cheetah-run", policy=True),
 }
-WITH_DIFFICULTY = ("sandpile", "permutation", "timewarp-cartpole-swingup")
+WITH_DIFFICULTY = ("sandpile", "permutation", "permutation-tokens", "timewarp-cartpole-swingup")
 
 
 def positive(text: str) -> float:
