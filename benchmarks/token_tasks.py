@@ -31,13 +31,13 @@ class TokenPermutationModel(PermutationModel):
 
     Words longer than any in training stand on places that it has not seen, in rows with more tokens to attend to. So
     in training every batch is padded to a random number of tokens, up to the longest of the test, and every word begins
-    at a random place of them (shifted absolute positions: Kiyono et al. 2021, 2109.05644).
+    at a random place (shifted absolute positions: Kiyono et al. 2021, 2109.05644), where in the test all begin at 0.
     """
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
         self.places = TokenPermutation.bins[-1][1] + 1
-        self.register_buffer("position", positions(self.places, recipe.hidden))
+        self.register_buffer("position", positions(2 * self.places, recipe.hidden))
 
     def read(self, world: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """z (B, G, D) and action (B, G, 1), where the word ends."""
@@ -45,7 +45,7 @@ class TokenPermutationModel(PermutationModel):
         tokens, first = letters, torch.zeros(rows, dtype=torch.long, device=world.device)
         if self.training and letters < self.places:
             tokens = int(torch.randint(letters, self.places + 1, ()))
-            first = torch.randint(0, self.places - tokens + 1, (rows,)).to(world.device)
+            first = torch.randint(0, self.places, (rows,)).to(world.device)
         places = first.unsqueeze(1) + torch.arange(tokens, device=world.device)
         world, action = (nn.functional.pad(x, (0, tokens - letters)) for x in (world, action))
         z = self.encode(world).flatten(2).mT + self.position[places]

@@ -22,6 +22,7 @@ from benchmarks import (
 from benchmarks.grid_tasks import Permutation, Sandpile, avalanches, words
 from benchmarks.lab import Examples, Recipe, predict_errors
 from benchmarks.tasks import TASKS, WITH_DIFFICULTY
+from benchmarks.token_tasks import TokenPermutation
 from benchmarks.vector_tasks import Control, TimeWarp
 from envs.worlds.permutation import GENERATORS, PERMUTATIONS
 from envs.worlds.sandpile import topple
@@ -75,6 +76,30 @@ def test_the_answer_of_a_word_is_read_off_where_it_ends():
     cells = model.decoder(out.z_next)
     i, k = 5, int(steps.difficulty[5])
     torch.testing.assert_close(logits[i].mT.flatten(), cells[i, :, 0, k])  # (row i, class) as the matrix has them
+
+
+def test_a_word_of_tokens_is_told_its_places_and_read_off_where_it_ends():
+    torch.manual_seed(0)
+    model, steps = TokenPermutation().model(Recipe("stacked", hidden=4, loops=2, block="transformer")), words(4, 8, 3)
+    z, told = model.eval().read(*steps.inputs)
+    letters = model.encode(steps.inputs[0]).flatten(2).mT  # (B, 9, D)
+    assert z.shape == (len(steps), 9, 4) and told.shape == (len(steps), 9, 1)
+    torch.testing.assert_close(z, letters + model.position[:9])
+    assert (told.squeeze(2).argmax(1) == steps.difficulty).all()
+    cells = model.decoder(model.dynamics(z, told).z_next.mT.unsqueeze(2))
+    i, k = 5, int(steps.difficulty[5])
+    torch.testing.assert_close(model(*steps.inputs)[0][i].mT.flatten(), cells[i, :, 0, k])
+
+    seen, tokens = set(), set()
+    for _ in range(40):  # in training at places of any start, beside any number of tokens that hold nothing
+        z, told = model.train().read(*steps.inputs)
+        tokens.add(z.shape[1])
+        assert told.shape == (*z.shape[:2], 1) and (told.squeeze(2).argmax(1) == steps.difficulty).all()
+        places = torch.cdist(z[:, :9] - letters, model.position).argmin(2)  # (B, 9)
+        assert (places == places[:, :1] + torch.arange(9)).all()
+        seen |= set(places.flatten().tolist())
+    assert set(range(33)) <= seen and min(tokens) < 14 and max(tokens) > 28
+    assert torch.cdist(model.position, model.position).add(torch.eye(66)).min() > 0.1  # no two places are alike
 
 
 @pytest.mark.parametrize("task", [Sandpile(), Permutation()])
@@ -291,11 +316,12 @@ def test_halting_is_judged_at_the_widest_tolerance_within_the_loss():
     assert fixed["loops"] == 1.0 and fixed["seconds"] > 0 and fixed["seconds_full"] > 0
 
 
-@pytest.mark.parametrize("world", [Sandpile, Permutation, SmallTimeWarp])
+@pytest.mark.parametrize("world", [Sandpile, Permutation, TokenPermutation, SmallTimeWarp])
 def test_a_trajectory_of_the_laboratory_holds_every_prediction(world, tmp_path):
     task = world(tmp_path, "cartpole-swingup") if world is SmallTimeWarp else world()
     torch.manual_seed(0)
-    model, data = task.model(replace(task.models["looped"], hidden=8)), task.examples(2, task.trained, lab.VALIDATION)
+    model = task.model(replace(task.models["looped"], hidden=8)).eval()  # words of tokens begin anywhere in training
+    data = task.examples(2, task.trained, lab.VALIDATION)
     with torch.no_grad():
         for p in model.parameters():  # zero weights at the start would make all loops alike
             p.add_(0.1 * torch.randn_like(p))
