@@ -20,10 +20,10 @@ from loopwm.training.interrupt import INTERRUPTED
 from loopwm.training.random_state import seed_random
 from loopwm.training.replay import Replay
 from loopwm.training.run_dir import describe, last_words, open_run
-from loopwm.training.trainer import Schedule, Trainer
+from loopwm.training.trainer import Diverged, Schedule, Trainer
 
 # OSError: a disk that is full or read-only, a file that cannot be opened; its text names it.
-USER_ERRORS = (ConfigError, CheckpointError, envs.TaskError, envs.RenderingUnavailable, OSError)
+USER_ERRORS = (ConfigError, CheckpointError, Diverged, envs.TaskError, envs.RenderingUnavailable, OSError)
 
 
 def build(cfg: Config, run_dir: Path) -> Trainer:

@@ -94,5 +94,6 @@ def draw(mean: Tensor, std: Tensor, count: int, generator: torch.Generator, disc
     # For one-hot actions the spread is the share of uniform draws: it keeps every action in play.
     share = std.mean(-1, keepdim=True)  # (H, N, 1)
     probability = (1.0 - share) * mean + share / mean.shape[2]
+    probability = probability.nan_to_num(1.0)  # of an agent that has diverged, which the losses say
     drawn = torch.multinomial(probability.reshape(-1, mean.shape[2]), count, True, generator=generator)
     return torch.nn.functional.one_hot(drawn.view(shape[:3]), mean.shape[2]).to(mean.dtype)

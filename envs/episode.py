@@ -1,12 +1,14 @@
 """The one wrapper around every environment: seeds, flattens, rescales, repeats and records in one `step`."""
 
+import math
+import traceback
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Discrete
 
-from envs.errors import RenderingUnavailable
+from envs.errors import RenderingUnavailable, TaskError
 from envs.rendering import unavailable
 from envs.spaces import flat_action, flat_observation
 
@@ -62,8 +64,11 @@ class EpisodeEnv(gymnasium.Wrapper):
         self._episode += 1
         self._actions, self._restored, self._running = [], None, True
         number = episode_seed(self._seed, self._index, self._episode)
-        obs, info = self.env.reset(seed=number, options=options)
-        return self._flatten(obs), info
+        try:
+            obs, info = self.env.reset(seed=number, options=options)
+        except Exception as error:
+            raise self._failure(error) from error
+        return self._seen(obs), info
 
     def step(self, action: np.ndarray | int) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Repeat one action until the frames are through or the episode ends.
@@ -73,6 +78,7 @@ class EpisodeEnv(gymnasium.Wrapper):
         Raises:
             ValueError: an action of the wrong shape or out of a Discrete range.
             gymnasium.error.ResetNeeded: before the first reset, or after the end of an episode.
+            TaskError: the environment raises, or answers with what is no finite number or of another shape.
         """
         if not self._running:
             if self._restored is None:
@@ -83,12 +89,38 @@ class EpisodeEnv(gymnasium.Wrapper):
         native = self._to_native(action)
         total = 0.0
         for _ in range(self._repeat):
-            obs, reward, terminated, truncated, info = self.env.step(native)
+            try:
+                obs, reward, terminated, truncated, info = self.env.step(native)
+            except Exception as error:
+                raise self._failure(error) from error
             total += reward
             if terminated or truncated:
                 self._running = False
                 break
-        return self._flatten(obs), float(total), bool(terminated), bool(truncated), info
+        total = float(np.asarray(total).item())  # some environments give it as an array of one
+        if not math.isfinite(total):
+            raise TaskError(f"task '{self._task}' gave a reward of {total} {self._place()}")
+        return self._seen(obs), total, bool(terminated), bool(truncated), info
+
+    def _seen(self, obs: Any) -> np.ndarray:
+        """The flat obs (O,). Raises TaskError if it is not one that the space has, or holds what is no number."""
+        flat = self._flatten(obs)
+        if flat.shape != self.observation_space.shape:
+            size, meant = flat.shape[0], self.observation_space.shape[0]
+            raise TaskError(f"task '{self._task}' gave an observation of {size} numbers, not {meant}, {self._place()}")
+        if not np.isfinite(flat).all():
+            raise TaskError(f"task '{self._task}' gave an observation with NaN or infinity {self._place()}")
+        return flat
+
+    def _place(self) -> str:
+        return f"in step {len(self._actions)} of episode {self._episode} (seed {self._seed}, environment {self._index})"
+
+    def _failure(self, error: Exception) -> TaskError:
+        """What the environment raised, where, in one line."""
+        said = (str(error).strip() or "no message").splitlines()[0]
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        source = f"{at.filename}:{at.lineno}"
+        return TaskError(f"task '{self._task}' failed {self._place()}: {type(error).__name__}: {said} ({source})")
 
     def _checked(self, action: np.ndarray | int) -> np.ndarray | int:
         """A copy to keep: vector envs hand out views of the caller's array."""

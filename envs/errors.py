@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class TaskError(ValueError):
-    """The task's name is unknown, or the environment has spaces that the agents here cannot use."""
+    """The task's name is unknown, or its environment cannot be used here, fails, or answers with what is no number."""
 
 
 class RenderingUnavailable(RuntimeError):

@@ -28,7 +28,9 @@ def load(name: str, task: str, render: bool) -> gymnasium.Env:
         raise TaskError(f"task '{task}': one that a module registers is written gym/<module>:<id>")
     try:
         # No checker: it costs time at every step, and the tests run gymnasium's full one.
-        return gymnasium.make(name, render_mode="rgb_array" if render else None, disable_env_checker=True)
+        # No render_mode unless one is asked for: an environment that draws nothing need not take it.
+        mode = {"render_mode": "rgb_array"} if render else {}
+        return gymnasium.make(name, disable_env_checker=True, **mode)
     except (DependencyNotInstalled, ImportError, AttributeError, RuntimeError) as error:
         if os.environ.get("MUJOCO_GL"):
             check_backend(task)

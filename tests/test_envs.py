@@ -426,6 +426,7 @@ def test_wrong_tasks_get_one_helpful_line(task):
         ({"action_space": Box(0, 5, (2,), np.int64)}, "int64 Box action"),
         ({"action_space": MultiDiscrete([2, 2])}, "MultiDiscrete action"),
         ({"observation_space": Dict({"a": Text(3)})}, "Text observation"),
+        ({"observation_space": Box(0, 255, (64, 64, 3), np.uint8)}, "has an image of shape"),
     ],
 )
 def test_unsupported_spaces_are_named(spaces, message):

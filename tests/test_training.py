@@ -34,7 +34,9 @@ from training_tools import (
 )
 
 from agents import load_agent
+from agents.planner import PlannerAgent
 from envs import make_vector_env
+from loopwm.training import trainer
 from loopwm.training.checkpoint import CheckpointError, Checkpoints
 from loopwm.training.interrupt import Interrupt
 from loopwm.training.logger import Logger
@@ -138,18 +140,147 @@ def test_interrupt_writes_a_checkpoint(number, straight, tmp_path):
     assert_same_run(straight("cartpole-3-envs"), tmp_path)
 
 
-def test_second_interrupt_does_not_wait(tmp_path):
-    words = [*SWINGUP, "eval_every=200", "eval_episodes=2000", "checkpoint_every=100", "log_every=100"]
-    process = start(tmp_path, *words)
+def test_an_interrupt_does_not_wait_for_an_evaluation(tmp_path):
+    """It is dropped, and made when the run goes on, where it was due."""
+    words = [*SWINGUP, "eval_every=200", "checkpoint_every=100", "log_every=100"]
+    process = start(tmp_path, *words, "eval_episodes=2000")
     wait_until(lambda: bool(lines(tmp_path)) and lines(tmp_path)[-1]["frames"] >= 200, process)
     time.sleep(0.3)  # it evaluates now, for minutes
     process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    assert process.poll() is None
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in err and "interrupted at 200 frames" in out
+    assert Checkpoints(tmp_path).frames() == [100, 200]
+    assert run(tmp_path, *words, "eval_episodes=1", "frames=200", "resume=true") == 0
+    assert [one["frames"] for one in lines(tmp_path) if "eval/return" in one] == [200]
+    assert json.loads((tmp_path / "summary.json").read_text())["finished"] is True
+
+
+def test_a_run_that_is_cut_short_is_evaluated_where_it_ends(tmp_path):
+    process = start(tmp_path, *SWINGUP, "eval_every=100", "log_every=20", "checkpoint_every=100")
+    wait_until(lambda: bool(lines(tmp_path)) and lines(tmp_path)[-1]["frames"] >= 120, process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 130 and "Traceback" not in err
-    assert Checkpoints(tmp_path).frames() == [100]
+    process.communicate(timeout=60)
+    at = Checkpoints(tmp_path).frames()[-1]
+    assert run(tmp_path, *SWINGUP, "frames=80", "resume=true") == 0
+    assert max(one["frames"] for one in lines(tmp_path) if "eval/return" in one) == at
+
+
+class Impatient(gymnasium.Wrapper):
+    """CartPole in whose 100th step somebody presses Ctrl-C twice."""
+
+    steps = 0
+
+    def __init__(self):  # takes no render_mode
+        super().__init__(gymnasium.make("CartPole-v1"))
+
+    def step(self, action):
+        Impatient.steps += 1
+        if Impatient.steps == 100:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return self.env.step(action)
+
+
+gymnasium.register("Impatient-v0", Impatient)
+
+
+def test_second_interrupt_does_not_wait(tmp_path, capsys):
+    words = [*CARTPOLE, "task=gym/Impatient-v0", "eval_every=1000", "checkpoint_every=60"]
+    assert run(tmp_path, *words) == 130
+    assert "stopped at once" in capsys.readouterr().err and Checkpoints(tmp_path).frames() == [60]
+
+
+class Failing(gymnasium.Wrapper):
+    """CartPole that fails in one of its episodes, by its seed: the 8th that is begun, from its 4th step on."""
+
+    how, begun, bad = "", 0, None
+
+    def __init__(self):
+        super().__init__(gymnasium.make("CartPole-v1"))
+
+    def reset(self, *, seed=None, options=None):
+        Failing.begun += 1
+        if Failing.begun == 8:
+            Failing.bad = seed
+        self.seed, self.at = seed, 0
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action):
+        obs, reward, *rest = self.env.step(action)
+        self.at += 1
+        if self.seed == Failing.bad and self.at >= 4:
+            if self.how == "raise":
+                raise ValueError("the solver did not converge\nat all")
+            reward = {"reward": np.nan, "infinite": np.inf}.get(self.how, reward)
+            obs = {"obs": obs * np.nan, "size": obs[:2], "overflow": obs * 1e300 * 1e200}.get(self.how, obs)
+        return obs, reward, *rest
+
+
+gymnasium.register("Failing-v0", Failing)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("workers", ["false", pytest.param("true", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ("raise", "ValueError: the solver did not converge ("),
+        ("reward", "a reward of nan"),
+        ("infinite", "a reward of inf"),
+        ("obs", "an observation with NaN or infinity"),
+        ("overflow", "an observation with NaN or infinity"),
+        ("size", "an observation of 2 numbers, not 4"),
+    ],
+)
+def test_an_environment_that_fails_costs_no_frame(how, said, workers, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Failing, "how", how)
+    monkeypatch.setattr(Failing, "begun", 0)
+    monkeypatch.setattr(Failing, "bad", None)
+    words = [*CARTPOLE, "task=gym/Failing-v0", "eval_every=10000", "checkpoint_every=10000", "frames=400"]
+    words.append(f"workers={workers}")
+    assert run(tmp_path, *words) == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py:")]
+    assert len(err) == 1 and said in err[0] and "in step 4 of episode 7" in err[0], err
+    (at,) = Checkpoints(tmp_path).frames()
+    rows = content(tmp_path)["rows"]
+    assert len(rows["obs"]) == at + 7 and rows["is_last"].sum() == 7  # every step of episodes 0 to 6, three of the 7th
+    assert run(tmp_path, *words, "resume=true") == 0  # the episode by which it failed does not come again
+    assert "had failed: resuming with new episodes" in capsys.readouterr().out
+    after = content(tmp_path)
+    assert len(after["rows"]["obs"]) > 400 and np.isfinite(after["rows"]["obs"]).all()
+    assert (after["rows"]["obs"][: at + 7] == rows["obs"]).all() and after["rows"]["is_last"][at + 7]
+
+
+def test_an_evaluation_that_fails_costs_no_frame(tmp_path, capsys, monkeypatch):
+    words = [*CARTPOLE, "frames=200", "eval_every=150", "checkpoint_every=1000"]
+
+    def fail(*_, **__):
+        raise OSError("no such display")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "rollout", fail)
+        assert run(tmp_path, *words) == 2
+    assert Checkpoints(tmp_path).frames() == [150]
+    assert run(tmp_path, *words, "resume=true") == 0
+    assert [one["frames"] for one in lines(tmp_path) if "eval/return" in one] == [150, 200]
+
+
+@pytest.mark.parametrize("task", [CARTPOLE, SWINGUP], ids=["discrete", "continuous"])
+@pytest.mark.parametrize("loss", ["two_hot", "huber"])
+def test_an_agent_that_diverges_says_so_and_is_not_kept(task, loss, tmp_path, capsys, monkeypatch):
+    words = [*task, *PLAN, f"agent.value_loss={loss}", "frames=600", "eval_every=10000", "log_every=100"]
+    assert run(tmp_path, *words, "frames=200", "checkpoint_every=200") == 0
+    before = content(tmp_path)
+    update = PlannerAgent._update_value
+
+    def broken(agent, inputs, target, weight):
+        return update(agent, inputs, target * (np.nan if agent.acted > 10 else 1.0), weight)
+
+    monkeypatch.setattr(PlannerAgent, "_update_value", broken)
+    assert run(tmp_path, *words, "checkpoint_every=250", "resume=true") == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py:")]
+    assert len(err) == 1 and "diverged: " in err[0] and "agent.learning_rate" in err[0]
+    assert differences(before, content(tmp_path)) == []
 
 
 def test_interrupt_with_workers(tmp_path):
@@ -296,6 +427,17 @@ def test_torn_newest_checkpoint_falls_back(torn, straight, tmp_path, capsys):
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
     assert len(warnings) == 1 and "cannot be read" in warnings[0] and "going on from frame" in warnings[0]
     assert_same_run(straight("cartpole-3-envs"), tmp_path)
+
+
+def test_a_torn_checkpoint_pushes_out_no_good_one(tmp_path):
+    checkpoints, replay = Checkpoints(tmp_path), grown(Replay(50, 1, 3, 2), 10)
+    for frames in (10, 20):
+        checkpoints.save(frames, {"a": frames}, replay)
+    (tmp_path / "checkpoints" / "00000020" / "state.pt").write_bytes(b"torn")
+    again = Checkpoints(tmp_path)
+    assert again.load_newest(Replay(50, 1, 3, 2))["a"] == 10
+    again.save(30, {"a": 30}, replay)
+    assert Checkpoints(tmp_path).frames() == [10, 30]
 
 
 def test_no_readable_checkpoint_is_an_error_and_nothing_is_lost(straight, tmp_path, capsys):
@@ -536,7 +678,7 @@ def test_evaluating_more_often_trains_the_same(straight, tmp_path):
     words = CASES["cartpole-3-envs"]
     assert run(tmp_path, *words, "eval_every=110", "eval_episodes=2", "log_every=70") == 0
     one, other = content(straight("cartpole-3-envs")), content(tmp_path)
-    assert {d for d in differences(one, other) if not d.startswith(".evaluation")} == set()
+    assert {d for d in differences(one, other) if not d.startswith(".evaluat")} == set()
 
 
 # ---- what is written ----------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class TwoHot(nn.Module):
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy (...,) of logits (..., bins) with the two-hot code of target (...,)."""
         position = (symlog(target) - self.low) / self.step
-        below = position.floor().clamp(0, self.bins - 2).long()
+        below = position.floor().nan_to_num(0.0).clamp(0, self.bins - 2).long()  # the loss of no number is none either
         under, over = self.centers[below], self.centers[below + 1]
         weight = ((target - under) / (over - under)).clamp(0, 1).unsqueeze(-1)  # (..., 1), share of the upper bin
         index = below.unsqueeze(-1)

@@ -47,6 +47,7 @@ class Checkpoints:
     def __init__(self, run_dir: Path):
         self.folder = run_dir / "checkpoints"
         self._replay = self.folder / "replay"
+        self._unreadable: list[int] = []  # frames of those that load_newest passed over
         self._rows = 0  # rows of a stream that the chunks on disk hold, of the run as this process goes on with it
 
     def frames(self) -> list[int]:
@@ -102,7 +103,7 @@ class Checkpoints:
 
     def _drop_old(self, frames: int, oldest: int) -> None:
         """Keep this checkpoint and those before it, ``KEEP`` in all, and the rows from ``oldest`` on."""
-        keep = [f for f in self.frames() if f <= frames][-KEEP:]
+        keep = [f for f in self.frames() if f <= frames and (f == frames or f not in self._unreadable)][-KEEP:]
         for old in set(self.frames()) - set(keep):
             shutil.rmtree(self.folder / f"{old:08d}")
         for begin, stop in self._chunks():
@@ -130,6 +131,7 @@ class Checkpoints:
                 state = self._read(frames, "cpu", replay)
             except CheckpointError as error:
                 errors.append(error)
+                self._unreadable.append(frames)
                 continue
             for error in errors:
                 print(f"warning: {error}; going on from frame {frames}", file=sys.stderr)

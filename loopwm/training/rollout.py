@@ -19,9 +19,15 @@ class RolloutResult(NamedTuple):
 
 
 def rollout(
-    agent: Agent, venv: Any, episodes: int, *, seed: int, on_step: Callable[[int], None] | None = None
-) -> RolloutResult:
-    """Play ``episodes`` whole episodes deterministically.
+    agent: Agent,
+    venv: Any,
+    episodes: int,
+    *,
+    seed: int,
+    on_step: Callable[[int], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> RolloutResult | None:
+    """Play ``episodes`` whole episodes deterministically; None if it is told to stop before their end.
 
     Every environment plays the same number of episodes (rounded up; the surplus is dropped in a fixed order),
     so short episodes are not over-represented.
@@ -31,6 +37,7 @@ def rollout(
         seed: of their episodes.
         on_step: called after the reset and after each step with the number of episodes finished by
             environment 0; for videos.
+        stop: asked before each step.
     """
     agent, envs = agent.evaluator(), venv.num_envs
     quota = -(-episodes // envs)
@@ -41,6 +48,8 @@ def rollout(
     if on_step:
         on_step(0)
     while min(len(d) for d in done) < quota:
+        if stop():
+            return None
         obs, reward, terminated, truncated, _ = venv.step(agent.act(obs, first=first))
         first = resetting
         total += reward

@@ -24,6 +24,11 @@ from loopwm.training.rollout import RolloutResult, rollout
 from loopwm.training.video import VideoError, film_episode
 
 EVAL_SEED = 2**33  # added to the run's seed; training seeds are below 2**32, so the two never meet
+FAILED_SEED = 2**34  # times the frame at which an environment failed: of the episodes with which the run goes on
+
+
+class Diverged(RuntimeError):
+    """What is learnt is no number any more; its text is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,23 +86,30 @@ class Trainer:
         self.metrics: dict[str, Any] = {}  # of the latest update
         self.timers = dict.fromkeys(("env", "act", "update"), 0.0)
         self.evaluation: RolloutResult | None = None
+        self.evaluated = 0  # frames at that evaluation
         self._logged = (0, 0.0)  # frames and seconds at the last log line
         self._saved = False  # whether the newest checkpoint is of this very step
 
     # ---- the loop -----------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Train to the end, or until Ctrl-C; returns what summary.json says."""
+        """Train to the end, or until Ctrl-C; returns what summary.json says.
+
+        Raises:
+            Diverged: and the last checkpoint is from before that.
+            Exception: the environment's own; what was learnt until then is in a checkpoint.
+        """
         s = self.schedule
         self._begin()
         with Interrupt() as interrupt, Progress(s.frames, self.frames) as bar:
+            self._evaluate_if_due(bar, interrupt)  # of a run that was stopped at that
             while self.frames < s.frames and not interrupt.requested:
                 # act
                 clock = time.perf_counter()
                 action = self.agent.act(self.obs, first=self.first, explore=True)
                 clock = self._lap("act", clock)
                 # step
-                obs, reward, terminated, truncated, _ = self.venv.step(action)
+                obs, reward, terminated, truncated, _ = self._kept_if_it_fails(self.venv.step, action)
                 clock = self._lap("env", clock)
                 # store
                 self.replay.add(self.obs, self.agent.encode_action(action), reward, terminated, self.last)
@@ -111,8 +123,7 @@ class Trainer:
                 finished = self.frames >= s.frames
                 if self._due(s.log_every, frames) or finished:
                     self._log(bar)
-                if self._due(s.eval_every, frames) or finished:
-                    self._evaluate(bar)
+                self._evaluate_if_due(bar, interrupt)
                 if s.video_every and self._due(s.video_every, frames):
                     self._film()
                 if self._due(s.checkpoint_every, frames):
@@ -138,6 +149,17 @@ class Trainer:
         """Whether the last step passed a multiple of ``every``."""
         return self.frames // every > (self.frames - frames) // every
 
+    def _kept_if_it_fails(self, step: Callable[[Any], Any], *args: Any) -> Any:
+        """What an environment answers. If it raises, a checkpoint is written first, without the environment's state.
+
+        A run that is resumed from it begins new episodes: the same ones would end in the same error.
+        """
+        try:
+            return step(*args)
+        except Exception:
+            self._save(failed=True)
+            raise
+
     def _lap(self, name: str, since: float) -> float:
         now = time.perf_counter()
         self.timers[name] += now - since
@@ -158,7 +180,7 @@ class Trainer:
         self.seconds = time.perf_counter() - self._started
         if not self._saved:
             self._save()
-        finished = self.frames >= self.schedule.frames
+        finished = self.frames >= self.schedule.frames and self.evaluated == self.frames
         result = self._write_summary(finished)
         if finished:
             numbers = {k: v for k, v in result.items() if type(v) in (int, float)}
@@ -195,7 +217,7 @@ class Trainer:
         frames_before, seconds_before = self._logged
         rate = (self.frames - frames_before) / max(seconds - seconds_before, 1e-9)
         self._logged = (self.frames, seconds)
-        scalars = {name: float(value) for name, value in self.metrics.items()}
+        scalars = self._numbers()
         if self.metrics:
             scalars |= self.agent.diagnostics(self.replay)
         if self.recent:
@@ -205,10 +227,40 @@ class Trainer:
         self.logger.write(self.frames, scalars)
         bar.show(**{"return": scalars.get("train/return"), "loops": scalars.get("loop/mean")})
 
-    def _evaluate(self, bar: Progress) -> None:
+    def _numbers(self) -> dict[str, float]:
+        """The latest metrics. Raises Diverged if one is no finite number."""
+        numbers = {name: float(value) for name, value in self.metrics.items()}
+        for name, value in numbers.items():
+            if not np.isfinite(value):
+                raise Diverged(
+                    f"the agent has diverged: {name} is {value} at frame {self.frames:,}, so nothing was kept since "
+                    "the last checkpoint; smaller rewards, or a smaller agent.learning_rate, may help"
+                )
+        return numbers
+
+    def _evaluate_if_due(self, bar: Progress, interrupt: Interrupt) -> None:
+        """At the end, and where a multiple of ``eval_every`` was passed since the last one."""
+        s = self.schedule
+        if self.frames < s.frames and self.frames // s.eval_every <= self.evaluated // s.eval_every:
+            return
+        if self.evaluated == self.frames:
+            return
         start = time.perf_counter()
-        self.evaluation = rollout(self.agent, self.eval_venv, self.schedule.eval_episodes, seed=self.seed + EVAL_SEED)
-        returns, lengths = self.evaluation.returns, self.evaluation.lengths
+        try:
+            found = rollout(
+                self.agent,
+                self.eval_venv,
+                s.eval_episodes,
+                seed=self.seed + EVAL_SEED,
+                stop=lambda: interrupt.requested,
+            )
+        except Exception:
+            self._save()
+            raise
+        if found is None:  # interrupted: evaluated when the run goes on
+            return
+        self.evaluation, self.evaluated, self._saved = found, self.frames, False
+        returns, lengths = found.returns, found.lengths
         scalars = {
             "eval/return": float(returns.mean()),
             "eval/return_std": float(returns.std()),
@@ -235,12 +287,14 @@ class Trainer:
 
     # ---- exact resume -------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
+    def _save(self, failed: bool = False) -> None:
+        """Write a checkpoint, of an environment that has ``failed`` without its state. Raises Diverged, OSError."""
         state = {
+            "metrics": self._numbers(),
             "agent": self.agent.state_dict(),
             "dims": self.dims,
             "env": [{k: torch.as_tensor(v) if isinstance(v, np.ndarray) else v for k, v in one.items()}
-                    for one in self.save_env(self.venv)],
+                    for one in (() if failed else self.save_env(self.venv))],
             "frames": self.frames,
             "agent_steps": self.agent_steps,
             "seconds": time.perf_counter() - self._started,
@@ -250,7 +304,7 @@ class Trainer:
             "last": torch.as_tensor(self.last),
             "episode_return": torch.as_tensor(self.episode_return),
             "recent": self.recent,
-            "metrics": {name: float(value) for name, value in self.metrics.items()},
+            "evaluated": self.evaluated,
             "evaluation": None if self.evaluation is None else [torch.as_tensor(x) for x in self.evaluation],
             "rng": random_state(),
         }  # fmt: skip
@@ -272,22 +326,29 @@ class Trainer:
         self.episode_return = state["episode_return"].numpy()
         if state["evaluation"] is not None:
             self.evaluation = RolloutResult(*(x.numpy() for x in state["evaluation"]))
+        self.evaluated = state.get("evaluated", self.frames)  # where an older version says nothing, all were made
         self._logged = (self.frames, sum(self.timers.values()))
-        try:
-            repeated = np.array_equal(self.restore_env(self.venv, states), self.obs)
-        except RuntimeError:  # the episode ended before its recorded actions did
-            repeated = False
-        self._saved = repeated
-        if not repeated:
-            self._begin_new_episodes()
+        if not states:
+            self._begin_new_episodes("this environment had failed", self.seed + FAILED_SEED * (self.frames + 1))
+        elif not self._repeated(states):
+            self._begin_new_episodes("this environment is not deterministic")
+        else:
+            self._saved = True
         set_random_state(state["rng"])
 
-    def _begin_new_episodes(self) -> None:
-        """The environment did not repeat itself: what the replay holds of its episodes ends here."""
-        tqdm.write("this environment is not deterministic: resuming with new episodes, not bit for bit")
+    def _repeated(self, states: list[dict]) -> bool:
+        """Whether the environment came again to where it was."""
+        try:
+            return np.array_equal(self.restore_env(self.venv, states), self.obs)
+        except RuntimeError:  # the episode ended before its recorded actions did
+            return False
+
+    def _begin_new_episodes(self, why: str, seed: int | None = None) -> None:
+        """The environment is not where it was: what the replay holds of its episodes ends here."""
+        tqdm.write(f"{why}: resuming with new episodes, not bit for bit")
         idle = np.zeros((len(self.obs), self.dims[1]), np.float32)
         self.replay.add(self.obs, idle, np.zeros(len(idle)), np.zeros(len(idle)), np.ones_like(self.last))
-        self.obs, _ = self.venv.reset()
+        self.obs, _ = self.venv.reset(seed=seed)
         self.first, self.last = np.ones_like(self.first), np.zeros_like(self.last)
         self.episode_return[:] = 0.0
 
