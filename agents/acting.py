@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
-from agents.exploration import CorrelatedNoise, HeldActions
+from agents.exploration import CorrelatedNoise
 from agents.mppi import PlanBudget, draw, mppi, score_all
 from agents.novelty import Novelty
 from loopwm.config import PlannerConfig
@@ -48,7 +48,6 @@ class ActingAgent:
         self.largest_reward = torch.zeros((), device=device)  # in size, that was learnt from
         self.seeking = 0.0  # share of the last thousand exploring steps, about, that were after what is new
         self._noise = CorrelatedNoise(config.explore_correlation)
-        self._held = HeldActions(config.explore_held, config.explore_held_steps) if config.explore_held else None
         slow_model.halt_on(self.worth_of_step)  # the model's own heads know no value
 
     def encode(self, obs: Tensor) -> Tensor:
@@ -207,21 +206,10 @@ class ActingAgent:
         return start + share * (end - start)
 
     def _explore(self, action: Tensor, first: np.ndarray | None, std: float) -> Tensor:
-        """Add noise that is correlated over time; for discrete actions, epsilon-greedy with epsilon = std.
-
-        A share of the steps holds random actions instead (``explore_held``).
-        """
+        """Add noise that is correlated over time; for discrete actions, epsilon-greedy with epsilon = std."""
         if self.discrete:
-            noisy = self.policy.perturb(action, std, 1.0, self.generator)
-        else:
-            noisy = (action + std * self._noise(action, first, self.generator)).clamp(-1.0, 1.0)
-        return noisy if self._held is None else self._held(noisy, first, self._random(action), self.generator)
-
-    def _random(self, like: Tensor) -> Tensor:
-        """Actions (N, A) drawn alike from all there are, shaped as ``like``."""
-        if self.discrete:
-            return self.policy.perturb(like, 1.0, 1.0, self.generator)
-        return 2.0 * torch.rand(like.shape, generator=self.generator, device=self.device) - 1.0
+            return self.policy.perturb(action, std, 1.0, self.generator)
+        return (action + std * self._noise(action, first, self.generator)).clamp(-1.0, 1.0)
 
     def _to_env(self, action: Tensor) -> np.ndarray:
         action = action.argmax(-1) if self.discrete else action
@@ -239,5 +227,5 @@ class ActingAgent:
         view, c = copy.copy(self), self.config
         view.config = dataclasses.replace(c, plan_samples=min(c.plan_samples, c.eval_samples))
         view.generator = torch.Generator(self.device).manual_seed(0)
-        view._noise, view._held = CorrelatedNoise(c.explore_correlation), None
+        view._noise = CorrelatedNoise(c.explore_correlation)
         return view

@@ -377,7 +377,6 @@ class PlannerAgent(ActingAgent):
             "step_error": self.step_error,
             "novelty": None if self.novelty is None else self._novelty_state(),
             "noise": self._noise.state,
-            "held": None if self._held is None else self._held.state,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -408,8 +407,6 @@ class PlannerAgent(ActingAgent):
             self.seeking = state["novelty"]["seeking"]
             self.largest_reward = state["novelty"]["largest_reward"].to(self.device)
         self._noise.state = None if state["noise"] is None else state["noise"].to(self.device)
-        if self._held is not None and state.get("held"):
-            self._held.state = tuple(tensor.to(self.device) for tensor in state["held"])
 
     def _optimizers(self) -> dict[str, FlatAdam]:
         return {"model": self.model_optimizer, "value": self.value_optimizer, "policy": self.policy_optimizer}

@@ -34,7 +34,6 @@ Positive = Annotated[float, Within(0, open=True)]  # > 0
 NonNegative = Annotated[float, Within(0)]  # >= 0
 Fraction = Annotated[float, Within(0, 1, open=True)]  # in (0, 1)
 Share = Annotated[float, Within(0, 1)]  # in [0, 1]
-MostShare = Annotated[float, Within(0, 0.9)]  # in [0, 0.9]
 Suite = Annotated[str, OneOf(("dmc", "gym"))]
 DynamicsName = Annotated[str, OneOf(("looped", "single_pass", "stacked", "wide", "deep_thin"))]
 DepthSampler = Annotated[str, OneOf(("fixed", "poisson", "lognormal_poisson", "uniform"))]
@@ -174,8 +173,6 @@ class PlannerConfig(Section):
     explore_std_final: NonNegative = 0.15  # its last spread, action units
     explore_decay_steps: Whole = 15_000  # agent steps from the first to the last spread
     explore_correlation: Share = 0.6  # correlation of the noise from step to step, in [0, 1]
-    explore_held: MostShare = 0.0  # share of the steps in which a random action is held instead, in [0, 0.9]
-    explore_held_steps: Count = 15  # for how long it is held, mean, agent steps
     plan_samples: Whole = 256  # action sequences of a plan's first iteration, count; 0: the policy acts alone
     eval_samples: Whole = 64  # the most of them while evaluating, count
     plan_iterations: Count = 1  # times a plan is fitted, count; after the first with a quarter of the samples

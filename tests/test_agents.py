@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import itertools
 import math
 from types import SimpleNamespace
 
@@ -13,7 +12,6 @@ from torch import nn
 
 from agents import make_agent
 from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
-from agents.exploration import HeldActions
 from agents.mppi import PlanBudget, mppi
 from agents.novelty import Novelty
 from agents.optim import EMATarget, FlatAdam, flatten_parameters
@@ -514,43 +512,6 @@ def test_exploration_noise_is_correlated_within_an_episode_only():
     after = agent.act(obs, first=first, explore=True)
     new, old = (np.corrcoef(before[rows, 0], after[rows, 0])[0, 1] for rows in (first, ~first))
     assert abs(new) < 0.1 and old > 0.7
-
-
-def test_a_share_of_the_steps_holds_a_random_action():
-    generator, rows, steps = torch.Generator().manual_seed(0), 500, 400
-    held, chosen = HeldActions(0.25, 6), torch.zeros(rows, 1)
-    out = torch.stack(
-        [held(chosen, None, torch.rand(rows, 1, generator=generator) + 0.1, generator)[:, 0] for _ in range(steps)]
-    )  # (T, N), zero where nothing is held
-    assert float((out > 0).float().mean()) == pytest.approx(0.25, abs=0.01)
-    lengths = [len(list(same)) for row in out.T.tolist() for value, same in itertools.groupby(row) if value > 0]
-    assert max(lengths) == 11 and np.mean(lengths) == pytest.approx(6, abs=0.2)
-    assert np.bincount(lengths)[1:].min() > 0.7 * np.bincount(lengths)[1:].max()  # every length alike
-
-    always = HeldActions(0.9, 50)
-    before = [always(chosen, None, torch.rand(rows, 1), generator) for _ in range(60)][-1]
-    first = np.arange(rows) < rows // 2
-    after = always(chosen, first, torch.rand(rows, 1), generator)
-    on = (before > 0)[:, 0].numpy()
-    assert (after != before)[first & on].all() and float((after == before)[~first & on].float().mean()) > 0.9
-
-
-@KINDS
-def test_an_agent_that_holds_random_actions_goes_on_where_it_was(discrete):
-    settings = {"seed_steps": 0, "explore_held": 0.5, "explore_held_steps": 4, "explore_std": 0.0}
-    agent, other = (make(discrete, **settings, explore_std_final=0.0) for _ in range(2))
-    obs = observations()
-    calm = agent.evaluator().act(obs)
-    for _ in range(7):
-        action = agent.act(obs, explore=True)
-    assert agent._held.state[0].any() and not np.allclose(action, calm, atol=0.1)
-    assert np.allclose(agent.evaluator().act(obs), calm, atol=0.02)  # evaluations hold nothing
-    other.load_state_dict(copy.deepcopy(agent.state_dict()))
-    for _ in range(7):
-        assert np.array_equal(agent.act(obs, explore=True), other.act(obs, explore=True))
-    old = agent.state_dict()
-    del old["held"]  # of a run from before there were any
-    make(discrete, **settings).load_state_dict(old)
 
 
 @KINDS
