@@ -282,6 +282,7 @@ def test_directory_that_cannot_be_written(where, capsys):
 @pytest.mark.parametrize("words", [["agent.seed_steps=5000"], ["frames=1"], ["num_envs=7", "frames=10"]])
 def test_too_short_to_learn_still_finishes(words, tmp_path, capsys):
     assert run(tmp_path, *SHORT, *words) == 0
+    assert "nothing was learnt: " in capsys.readouterr().out
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["finished"] is True and summary["eval_return_mean"] > 0
     assert summary["mean_loops"] is None and "Infinity" not in (tmp_path / "metrics.jsonl").read_text()

@@ -181,6 +181,8 @@ class Trainer:
         if not self._saved:
             self._save()
         finished = self.frames >= self.schedule.frames and self.evaluated == self.frames
+        if finished and not self.metrics:
+            tqdm.write(f"nothing was learnt: {self.agent_steps:,} agent steps are no more than the random first ones")
         result = self._write_summary(finished)
         if finished:
             numbers = {k: v for k, v in result.items() if type(v) in (int, float)}
