@@ -220,7 +220,6 @@ gymnasium.register("Failing-v0", Failing)
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
-@pytest.mark.parametrize("workers", ["false", pytest.param("true", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "how, said",
     [
@@ -232,12 +231,11 @@ gymnasium.register("Failing-v0", Failing)
         ("size", "an observation of 2 numbers, not 4"),
     ],
 )
-def test_an_environment_that_fails_costs_no_frame(how, said, workers, tmp_path, capsys, monkeypatch):
+def test_an_environment_that_fails_costs_no_frame(how, said, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Failing, "how", how)
     monkeypatch.setattr(Failing, "begun", 0)
     monkeypatch.setattr(Failing, "bad", None)
     words = [*CARTPOLE, "task=gym/Failing-v0", "eval_every=10000", "checkpoint_every=10000", "frames=400"]
-    words.append(f"workers={workers}")
     assert run(tmp_path, *words) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py:")]
     assert len(err) == 1 and said in err[0] and "in step 4 of episode 7" in err[0], err
@@ -249,6 +247,18 @@ def test_an_environment_that_fails_costs_no_frame(how, said, workers, tmp_path, 
     after = content(tmp_path)
     assert len(after["rows"]["obs"]) > 400 and np.isfinite(after["rows"]["obs"]).all()
     assert (after["rows"]["obs"][: at + 7] == rows["obs"]).all() and after["rows"]["is_last"][at + 7]
+
+
+@pytest.mark.filterwarnings("ignore:.*ERROR")
+def test_a_worker_that_fails_costs_no_frame(tmp_path, capsys, monkeypatch):
+    """Every process counts its episodes anew, so each fails in its 8th."""
+    monkeypatch.setattr(Failing, "how", "raise")
+    words = [*CARTPOLE, "task=gym/Failing-v0", "eval_every=10000", "checkpoint_every=10000", "workers=true"]
+    for _ in range(2):
+        before = max(Checkpoints(tmp_path).frames(), default=0)
+        assert run(tmp_path, *words, "resume=true") == 2
+        assert "in step 4 of episode" in capsys.readouterr().err
+        assert max(Checkpoints(tmp_path).frames()) > before + 50
 
 
 def test_an_evaluation_that_fails_costs_no_frame(tmp_path, capsys, monkeypatch):
