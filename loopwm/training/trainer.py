@@ -342,7 +342,7 @@ class Trainer:
         """Whether the environment came again to where it was."""
         try:
             return np.array_equal(self.restore_env(self.venv, states), self.obs)
-        except RuntimeError:  # the episode ended before its recorded actions did
+        except (RuntimeError, ValueError):  # the episode ended, or failed, before its recorded actions did
             return False
 
     def _begin_new_episodes(self, why: str, seed: int | None = None) -> None:
