@@ -21,6 +21,8 @@ COLORS = {
     "wide": "#66a182",
     "deep_thin": "#7d5ba6",
 }
+BEFORE = "{}, before"  # the name of a dynamics in results given as ``--before``
+COLORS[BEFORE.format("looped")] = "#c98b3f"
 
 ANCHORS = {"mrq": "#777777", "tdmpc2": "#b0b0b0", "dreamerv3": "#d8c9a8"}  # published methods
 
@@ -85,7 +87,8 @@ def draw_grid(by_task: dict[str, list[dict]], path: Path, csv_file: Path | None)
         axes.axis("off")
     for axes in panels[:, 1:].flat:
         axes.set_ylabel("")
-    panels[0, 0].legend(fontsize=8, frameon=False)
+    named = {text: line for axes in panels.flat for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    panels[0, 0].legend(named.values(), named.keys(), fontsize=8, frameon=False)
     return save(figure, path)
 
 
@@ -115,6 +118,7 @@ def main(arguments: list[str]) -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("results", type=Path, nargs="*", help="JSON files of benchmarks.returns")
     p.add_argument("--out", type=Path, default=Path("docs/figures"))
+    p.add_argument("--before", type=Path, nargs="*", default=[], help="likewise, of another default: in another colour")
     p.add_argument("--published", type=Path, help="csv of published returns, drawn as dashed lines")
     p.add_argument("--grid", type=Path, metavar="FILE.png", help="all tasks as panels of one figure, and no others")
     p.add_argument("--film", type=Path, metavar="RUN_DIR", help="also a strip of stills of that run's agent")
@@ -122,10 +126,10 @@ def main(arguments: list[str]) -> None:
     if args.film:
         print(film(args.film, args.out))
     by_task: dict[str, list[dict]] = {}
-    for path in args.results:
+    for path, name in [*((path, BEFORE) for path in args.before), *((path, "{}") for path in args.results)]:
         result = json.loads(path.read_text())
         for row in result["rows"] if result["benchmark"] == "returns" else []:
-            by_task.setdefault(row["task"], []).append(row)
+            by_task.setdefault(row["task"], []).append(row | {"dynamics": name.format(row["dynamics"])})
     if args.grid and by_task:
         print(draw_grid(by_task, args.grid, args.published))
         return

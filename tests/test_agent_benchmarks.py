@@ -12,7 +12,17 @@ from scipy import stats
 from training_tools import CARTPOLE, SWINGUP, forbid_filming, run
 
 from agents import make_agent
-from benchmarks import action_effects, branches, compare, depth_dial, diagnose, harness, policy_gradients, returns
+from benchmarks import (
+    action_effects,
+    branches,
+    compare,
+    depth_dial,
+    diagnose,
+    figures,
+    harness,
+    policy_gradients,
+    returns,
+)
 from benchmarks.diagnose import Episodes
 from envs import make_env
 from loopwm.config import load_config, read_config, save_config
@@ -531,3 +541,19 @@ def test_gradients_of_a_run_are_compared(tmp_path, capsys, monkeypatch):
     for wrong in (tmp_path / "discrete", tmp_path / "none"):
         assert policy_gradients.main([str(wrong)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_figures_tell_two_defaults_apart(tmp_path, monkeypatch):
+    drawn = {}
+    panel = figures.panel
+    monkeypatch.setattr(figures, "panel", lambda axes, title, rows, *rest, **words: drawn.update({title: rows}) or panel(
+        axes, title, rows, *rest, **words))  # fmt: skip
+    for name, task in (("old", "dmc/a"), ("new", "dmc/a"), ("new2", "dmc/b")):
+        rows = [{"task": task, "seed": seed, "dynamics": "looped", "curve": [[1, 2.0], [2, seed]]} for seed in (0, 1)]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"benchmark": "returns", "rows": rows}), encoding="utf-8")
+    (tmp_path / "other.json").write_text(json.dumps({"benchmark": "cost", "rows": [{}]}), encoding="utf-8")
+    files = [str(tmp_path / f"{name}.json") for name in ("new", "new2", "other", "old")]
+    figures.main([*files[:3], "--before", files[3], "--grid", str(tmp_path / "grid.png")])
+    assert (tmp_path / "grid.png").stat().st_size > 1000
+    found = {title: [row["dynamics"] for row in rows] for title, rows in drawn.items()}
+    assert found == {"a (2 seeds)": ["looped, before"] * 2 + ["looped"] * 2, "b (2 seeds)": ["looped"] * 2}
