@@ -544,10 +544,13 @@ def test_gradients_of_a_run_are_compared(tmp_path, capsys, monkeypatch):
 
 
 def test_figures_tell_two_defaults_apart(tmp_path, monkeypatch):
-    drawn = {}
-    panel = figures.panel
-    monkeypatch.setattr(figures, "panel", lambda axes, title, rows, *rest, **words: drawn.update({title: rows}) or panel(
-        axes, title, rows, *rest, **words))  # fmt: skip
+    drawn, panel = {}, figures.panel
+
+    def watched(axes, title, rows, *rest, **words):
+        drawn[title] = rows
+        panel(axes, title, rows, *rest, **words)
+
+    monkeypatch.setattr(figures, "panel", watched)
     for name, task in (("old", "dmc/a"), ("new", "dmc/a"), ("new2", "dmc/b")):
         rows = [{"task": task, "seed": seed, "dynamics": "looped", "curve": [[1, 2.0], [2, seed]]} for seed in (0, 1)]
         (tmp_path / f"{name}.json").write_text(json.dumps({"benchmark": "returns", "rows": rows}), encoding="utf-8")
