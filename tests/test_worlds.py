@@ -15,6 +15,7 @@ from gymnasium.utils.env_checker import check_env
 from benchmarks.world_oracles import DISTANCE, drop_plan, word_plan
 from envs import TaskError, make_env, make_vector_env, restore_vector_env, vector_env_state
 from envs.worlds import TIME_WARP_TASKS
+from envs.worlds.arguments import equal_bins
 from envs.worlds.permutation import AFTER, GENERATORS, PERMUTATIONS, PermutationEnv, compose, letters
 from envs.worlds.sandpile import SandpileEnv, least_mass, recurrent_piles, topple
 from envs.worlds.time_warp import TimeWarpEnv, hold_steps
@@ -270,6 +271,20 @@ def test_bad_words_are_refused(states, words, k):
 
 def test_actions_are_cut_into_equal_bins():
     assert letters(np.float32([-1, -0.51, -0.49, -0.01, 0.01, 0.49, 0.51, 1])).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_entries_far_beyond_the_bins_are_in_the_last_and_no_number_is_refused():
+    assert equal_bins(np.array([1e19, np.inf, -np.inf, -1e300]), 4).tolist() == [3, 3, 0, 0]
+    with pytest.raises(ValueError, match="must be of numbers"):
+        equal_bins(np.array([0.0, np.nan]), 4)
+
+
+@pytest.mark.parametrize("cell", [-1, 16, True, None, 1.0, [0, 1]])
+def test_a_grain_is_dropped_on_one_cell(cell):
+    env = SandpileEnv(size=np.int8(4))
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="a cell must be a whole number in 0..15"):
+        env.step(cell)
 
 
 def test_what_the_obs_shows_and_what_k_means():

@@ -91,9 +91,9 @@ class PermutationEnv(gymnasium.Env):
         if not (is_whole(min_k, 1) and is_whole(max_k, min_k)):
             raise TaskError(f"a word's length must be whole numbers 1 <= min_k <= max_k, got {min_k!r} and {max_k!r}")
         self.render_mode = render_mode
-        self.observation_space = Box(0.0, 1.0, (2 * POINTS**2 + max_k,), np.float32)
-        self.action_space = Box(-1.0, 1.0, (max_k,), np.float32)
         self._min_k, self._max_k, self._hidden = int(min_k), int(max_k), bool(hidden)
+        self.observation_space = Box(0.0, 1.0, (2 * POINTS**2 + self._max_k,), np.float32)
+        self.action_space = Box(-1.0, 1.0, (self._max_k,), np.float32)
         self.state = self.goal = 0  # rows of PERMUTATIONS
         self.k = self._min_k  # letters of the next word
 

@@ -107,9 +107,9 @@ class SandpileEnv(gymnasium.Env):
         if not is_whole(size, 2):
             raise TaskError(f"a sandpile's size must be a whole number >= 2, got {size!r}")
         self.render_mode = render_mode
+        self._size = size = int(size)
         self.observation_space = Box(0.0, 1.0, (size * size,), np.float32)
         self.action_space = Discrete(size * size)
-        self._size = int(size)
         self._pile = np.zeros((size, size), np.int32)
 
     @property
@@ -126,7 +126,13 @@ class SandpileEnv(gymnasium.Env):
         return self._observation(), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """Drop one grain on cell `action` and let the pile come to rest."""
+        """Drop one grain on cell `action` and let the pile come to rest.
+
+        Raises:
+            ValueError: no such cell.
+        """
+        if not (is_whole(action, 0) and action < self._pile.size):
+            raise ValueError(f"a cell must be a whole number in 0..{self._pile.size - 1}, got {action!r}")
         self._pile.reshape(-1)[action] += 1
         piles, rounds, lost = topple(self._pile[None])
         self._pile = piles[0]

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from loopwm.dynamics.base import Coda, Prelude, make_start
 from loopwm.dynamics.lipsdp import MULTIPLIER_INIT, SLOPES, joint_factor, joint_scale, path_scale, promised_factor
-from loopwm.dynamics.spectral import UnitSpectralNorm
+from loopwm.dynamics.spectral import UnitSpectralNorm, autocasts
 
 
 class Loop(Protocol):
@@ -169,14 +169,27 @@ class Cell(nn.Module):
         """Operator norms (), float64, of the folded weights: their product times Lip(s) bounds Rbar's constant."""
         raise NotImplementedError
 
+    def folded(self) -> tuple:
+        """``fold()``, or what it was where the cell was frozen."""
+        return self._folded or self._fold_exactly()
+
+    def _fold_exactly(self) -> tuple:
+        """``fold()`` in the precision of the weights: under autocast its norms would be 16 bits wide, and too small."""
+        if not autocasts(self.log_dt.device):
+            return self.fold()
+        with torch.autocast(self.log_dt.device.type, enabled=False):
+            return self.fold()
+
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Inside, the parameters must not change: they are normalised and folded once, not once per prediction.
 
-        A loop in here goes on with the weights that were there at the beginning, whatever becomes of them; and what is
-        folded is part of a gradient's graph, which ``copy.deepcopy`` refuses.
+        What is folded (the decay and the block's own matrices) stays as it was at the beginning, all else is read as it
+        is, and bounds and distances are of the weights as they are: after a step in here they belong to no one model.
+        What is folded is part of a gradient's graph: one ``backward()`` frees it, ``copy.deepcopy`` refuses it, and
+        entered under ``no_grad`` it has none.
         """
-        before, self._folded = self._folded, self.fold()
+        before, self._folded = self._folded, self._fold_exactly()
         try:
             yield
         finally:
@@ -190,7 +203,7 @@ class Cell(nn.Module):
         one at every moment of training, as long as 1 - gamma is far above that dtype's rounding; in the others it is
         as true, and may be any number. Infinite once a weight is no finite number.
         """
-        folded = self.fold()
+        folded = self._fold_exactly()
         finite = all(bool(part.isfinite().all()) for part in folded if isinstance(part, Tensor))
         return self.factor(folded) if finite else math.inf
 
@@ -248,7 +261,7 @@ class LoopCell(Cell):
         return path if self.skip is None else path.t(), self.input_scale(decay), read.t(), write.t()
 
     def prepare(self, e: Tensor) -> PreparedLoop:
-        decay, input_scale, read, write = self._folded or self.fold()
+        decay, input_scale, read, write = self.folded()
         constant, injected = e * input_scale, self.inject(e)  # (B, D), (B, W)
         kind = PreparedLoop if self.skip is None else SkipLoop
         return kind(decay, constant, injected, read, write, self.activation)

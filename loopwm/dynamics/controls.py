@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from loopwm.dynamics.architecture import Architecture
 from loopwm.dynamics.base import Depth, DynamicsOutput, first_state, relative_step
+from loopwm.dynamics.halting.rule import whole
 from loopwm.dynamics.looped import LoopedDynamics
 
 LOOP_WORDS = {p.name for p in signature(LoopedDynamics).parameters.values() if p.kind is p.KEYWORD_ONLY}
@@ -44,7 +45,7 @@ class StackedDynamics(nn.Module):
 
     Raises:
         TypeError: an argument that neither ``LoopedDynamics`` nor ``Architecture`` knows.
-        ValueError: as ``Architecture`` and ``Cell``.
+        ValueError: mean_loops that is no integer >= 1, and as ``Architecture`` and ``Cell``.
     """
 
     def __init__(
@@ -58,7 +59,8 @@ class StackedDynamics(nn.Module):
     ):
         super().__init__()
         words = {name: value for name, value in options.items() if name not in LOOP_WORDS}
-        parts, widths = self.plan(Architecture(latent_dim, action_dim, hidden_dim, **words), mean_loops)
+        loops = whole(mean_loops, "mean_loops")
+        parts, widths = self.plan(Architecture(latent_dim, action_dim, hidden_dim, **words), loops)
         self.state_dim = parts.hidden_dim
         self.prelude, self.start = parts.make_prelude(), parts.make_start()
         self.cells = nn.ModuleList(parts.make_cell(width) for width in widths)

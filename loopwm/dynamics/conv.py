@@ -86,7 +86,7 @@ class ConvCell(Cell):
         return decay[:, None, None], input_scale, self.read.weight, write
 
     def prepare(self, e: Tensor) -> ConvLoop:
-        decay, input_scale, read, write = self._folded or self.fold()
+        decay, input_scale, read, write = self.folded()
         return ConvLoop(decay, e * input_scale, self.inject(e), read, write, self.activation)
 
     def norms(self, folded: FoldedWeights) -> list[Tensor]:

@@ -75,13 +75,19 @@ class ImplicitGradient:
         before = result.previous().detach().requires_grad_()
         after = loop(before)
         attached = after.view_as(after)  # the hook sits on a node of its own, or solving would call it again
+        # Now, of the weights that made the loop: in a backward pass they may be others (torch.func.functional_call).
+        rho, order = dynamics.lipschitz_bound(), dual_order(dynamics.cell.norm_order)
 
         def adjoint(grad: Tensor) -> Tensor:
-            rho, order = dynamics.lipschitz_bound(), dual_order(dynamics.cell.norm_order)
+            if torch.is_grad_enabled():
+                raise RuntimeError("gradient 'implicit' has no second derivative")
+            if not rho < 1.0:  # a weight is no number: the state is none either
+                return torch.full_like(grad, math.nan)
             return solve_adjoint(after, before, grad, rho, self.tolerance, dynamics.solver, order)[0]
 
         attached.register_hook(adjoint)
-        return result._replace(h=attached, at=None)
+        # Another node again, so that a gradient by ``h`` itself is not that which the hook makes of it.
+        return result._replace(h=attached.view_as(attached), at=None)
 
 
 def adjoint_iterations(rho: float, tolerance: float) -> int:

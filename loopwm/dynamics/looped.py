@@ -22,6 +22,7 @@ from loopwm.dynamics.gradients import GRADIENTS
 from loopwm.dynamics.halting import HaltingRule, make_halting
 from loopwm.dynamics.penalty import jacobian_penalty
 from loopwm.dynamics.solvers import SOLVERS
+from loopwm.dynamics.spectral import autocasts
 from loopwm.dynamics.unroll import unroll, unroll_plain
 
 
@@ -166,7 +167,7 @@ class LoopedDynamics(nn.Module):
         order = None if schedule.order is None else schedule.order.to(device)
         if order is not None:
             loop, h = loop.select(order), h.index_select(0, order)
-        run = unroll if loop.fused else unroll_plain
+        run = unroll if loop.fused and not autocasts(device) else unroll_plain
         final, states = run(h, loop, schedule.active)  # (B, ...), deepest first
         if order is not None:
             final = final.index_select(0, schedule.inverse.to(device))

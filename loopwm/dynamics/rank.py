@@ -18,13 +18,12 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from torch.nn.utils import parametrize
 
 from loopwm.dynamics.cell import MODES, Cell
 from loopwm.dynamics.conv import GridCoda, GridLinear, GridPrelude
-from loopwm.dynamics.spectral import check_precision
+from loopwm.dynamics.spectral import autocasts, check_precision, first_order
 
 SOURCES = 5  # the cell itself and the order statistics of its four neighbours
 SORT_FOUR = ((0, 1), (2, 3), (0, 2), (1, 3), (1, 2))  # comparators that sort four values, largest first
@@ -110,7 +109,7 @@ class RankCell(Cell):
         return decay, self.input_scale(decay), self.read.weight, self.block_scale(decay)
 
     def prepare(self, e: Tensor) -> RankLoop:
-        decay, input_scale, read, scale = self._folded or self.fold()
+        decay, input_scale, read, scale = self.folded()
         # Channels before samples: every operation of a loop then runs over long rows.
         injected, constant = self.inject(e).transpose(0, 1), e.transpose(0, 1)
         if isinstance(input_scale, Tensor):
@@ -136,7 +135,7 @@ class RankLoop:
         self.read, self.scale, self.one_node = read, scale, one_node
 
     def __call__(self, h: Tensor) -> Tensor:
-        run = _RankStep.apply if self.one_node and torch.is_grad_enabled() else rank_step
+        run = _RankStep.apply if self.one_node and torch.is_grad_enabled() and not autocasts(h.device) else rank_step
         parts = (self.constant, self.injected, self.decay, self.scale, self.read)
         return run(h.transpose(0, 1), *parts).transpose(0, 1)
 
@@ -166,7 +165,7 @@ def rank_step(h: Tensor, constant: Tensor, injected: Tensor, decay: Tensor, scal
     for i, j in SORT_FOUR:
         ranks[i], ranks[j] = torch.maximum(ranks[i], ranks[j]), torch.minimum(ranks[i], ranks[j])
     pieces = torch.addmm(injected.flatten(1), read, torch.cat([h, *ranks]).flatten(1))  # (K D, B S S)
-    best = pieces.view(-1, *h.shape).amax(0)
+    best = pieces.view(len(read) // len(h), *h.shape).amax(0)
     wide = (-1, 1, 1, 1)
     return constant + decay.view(wide) * h + scale.view(wide) * best
 
@@ -181,17 +180,18 @@ class _RankStep(torch.autograd.Function):
         ranks = list(_neighbours(pad(h, (1, 1, 1, 1))))
         won = [_compare(ranks, i, j) for i, j in SORT_FOUR]
         torch.cat(ranks, out=sources[len(h) :])
-        pieces = list(torch.addmm(injected.flatten(1), read, sources.flatten(1)).view(-1, len(h), h[0].numel()))
+        pieces = torch.addmm(injected.flatten(1), read, sources.flatten(1))  # (K D, B S S)
+        pieces = list(pieces.view(len(read) // len(h), len(h), h[0].numel()))
         duels = _duels(len(pieces))
         won += [_compare(pieces, i, j, keep_loser=False) for i, j in duels]
-        best, flat = pieces[0], h.reshape(len(h), -1)
+        best, flat = pieces[0], h.reshape(len(h), h[0].numel())
         ctx.save_for_backward(flat, sources, best, decay, scale, read, *won)
         ctx.duels, ctx.shape = duels, h.shape
         out = torch.addcmul(constant.flatten(1), flat, decay.view(-1, 1)).addcmul_(best, scale.view(-1, 1))
         return out.view(h.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         flat, sources, best, decay, scale, read, *won = ctx.saved_tensors
         grad = grad.contiguous()
@@ -202,7 +202,7 @@ class _RankStep(torch.autograd.Function):
             kept = pieces[i] * first
             pieces[i], pieces[j] = kept, pieces[i] - kept
         pieces = torch.cat(pieces)  # (K D, n)
-        grad_sources = (read.t() @ pieces).view(-1, *ctx.shape[1:])  # (5 D, B, S, S)
+        grad_sources = (read.t() @ pieces).view(read.shape[1], *ctx.shape[1:])  # (5 D, B, S, S)
         own, *ranks = grad_sources.split(len(rows))
         for (i, j), first in zip(reversed(SORT_FOUR), reversed(won[: len(SORT_FOUR)]), strict=True):
             # The larger value's gradient goes where it came from: to i if the first won, else to j.
@@ -215,7 +215,7 @@ class _RankStep(torch.autograd.Function):
             view += part
         by_decay, by_scale = torch.linalg.vecdot(rows, flat), torch.linalg.vecdot(rows, best)
         by_read = pieces @ sources.flatten(1).t()
-        return inside, grad, pieces.view(-1, *ctx.shape[1:]), by_decay, by_scale, by_read
+        return inside, grad, pieces.view(len(read), *ctx.shape[1:]), by_decay, by_scale, by_read
 
 
 def _duels(count: int) -> list[tuple[int, int]]:

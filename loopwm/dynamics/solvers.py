@@ -108,7 +108,9 @@ class _AndersonRun:
         ridge = max(self.ridge, 10 * torch.finfo(r.dtype).eps)
         gram = unit @ unit.mT + ridge * torch.eye(self.memory, dtype=r.dtype, device=r.device)  # (n, m, m)
         right = unit @ r.unsqueeze(2)  # (n, m, 1)
-        return torch.cholesky_solve(right, torch.linalg.cholesky_ex(gram)[0]).squeeze(2) / scale
+        wide = torch.promote_types(gram.dtype, torch.float32)
+        lower = torch.linalg.cholesky_ex(gram.to(wide))[0]
+        return torch.cholesky_solve(right.to(wide), lower).to(r.dtype).squeeze(2) / scale
 
     def keep(self, index: Tensor) -> None:
         self.best = [tensor.index_select(0, index) for tensor in self.best]

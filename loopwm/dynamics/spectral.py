@@ -8,12 +8,40 @@ excess shrinks doubly fast in k. It needs no persistent vectors: the bound is a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 ROUNDS = 3  # of two squarings each: the excess is at most r ** (1 / 2**8), 1.6 % for rank 64 with a flat spectrum
 ROUNDING_MARGIN = 1e-4  # float32 rounding of six squarings, measured below 1e-5 relative
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether operations on ``device`` are being cast to 16 bits."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward pass of an autograd function that has no second derivative, and says so.
+
+    Under ``create_graph`` torch would take what the pass computes for a constant, and drop terms in silence; its own
+    ``once_differentiable`` raises only where the incoming gradient has a graph.
+
+    Raises:
+        RuntimeError: in ``backward`` or ``grad`` with ``create_graph=True``, where the gradient goes through it.
+    """
+
+    @wraps(backward)
+    def checked(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            name = backward.__qualname__.split(".")[0]
+            raise RuntimeError(f"no second derivative goes through the weights, or several depths, of a loop ({name})")
+        return backward(ctx, *grads)
+
+    return checked
 
 
 def check_precision(weight: Tensor) -> None:
@@ -73,7 +101,7 @@ class _NormBound(torch.autograd.Function):
         return bound
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor) -> Tensor:
         return grad * torch.outer(*ctx.saved_tensors)
 
@@ -99,6 +127,7 @@ class _ProjectToBall(torch.autograd.Function):
         return scaled
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: Tensor) -> Tensor:
         if ctx.inside:
             return grad

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from loopwm.dynamics.spectral import ROUNDING_MARGIN, ROUNDS, check_precision
+from loopwm.dynamics.spectral import ROUNDING_MARGIN, ROUNDS, check_precision, first_order
 
 SAMPLES = 16  # n: 4.0 % above the largest sample; 32 would be 1.0 % for four times the work
 
@@ -95,6 +95,7 @@ class _ProjectConvolution(torch.autograd.Function):
         return scaled
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: Tensor) -> Tensor:
         if ctx.inside:
             return grad

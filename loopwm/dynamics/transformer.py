@@ -64,7 +64,7 @@ class TransformerCell(Cell):
         return decay, self.input_scale(decay)
 
     def prepare(self, e: Tensor) -> TransformerLoop:
-        decay, input_scale = self._folded or self.fold()
+        decay, input_scale = self.folded()
         return TransformerLoop(self, decay, e, e * input_scale, self.inject(e))
 
     def attention(self, x: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from loopwm.dynamics.cell import PreparedLoop
+from loopwm.dynamics.spectral import first_order
 
 relu_backward = torch.ops.aten.threshold_backward.grad_input
 
@@ -43,7 +43,7 @@ class _Unroll(torch.autograd.Function):
         return final, states
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad, grad_states):
         states, inner, decay, read, write = ctx.saved_tensors
         active = ctx.active

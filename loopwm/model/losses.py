@@ -9,7 +9,9 @@ from loopwm.model.world_model import Rollout, WorldModel
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x (...) where mask (...) is one."""
+    """Mean of x (...) where mask (...) is one. Raises ValueError where one would be broadcast to the other."""
+    if x.shape != mask.shape:
+        raise ValueError(f"a mask of {tuple(mask.shape)} for losses of {tuple(x.shape)}")
     return (x * mask).sum() / mask.sum().clamp_min(1.0)
 
 
