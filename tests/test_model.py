@@ -341,3 +341,12 @@ def test_the_error_of_a_step_is_a_share_of_the_step():
     assert step_error(z_next, z, z_next) == 0.0 and step_error(z, z, z_next) == 1.0
     assert step_error(z_next + torch.tensor([1.0, 0.0]), z, z_next) == pytest.approx(3 / 5)
     assert math.isnan(step_error(z_next, z, z))
+
+
+def test_bad_sizes_and_names_are_refused():
+    with pytest.raises(ValueError, match="unknown activation 'tanh'; choose from relu, silu"):
+        WorldModel(MLPEncoder(OBS, Z, 16), DYNAMICS["looped"](Z, A, D), 16, activation="tanh")
+    with pytest.raises(ValueError, match="at least one linear layer, got 0"):
+        MLPEncoder(OBS, Z, 16, layers=0)
+    with pytest.raises(ValueError, match="at least one action"):
+        make().rollout(torch.zeros(B, Z).double(), torch.zeros(0, B, A).double())

@@ -38,7 +38,8 @@ class RepeatedBlock(nn.Module):
 
     def lipschitz_bound(self) -> float:
         """Upper bound on |dh'/dh| of one loop."""
-        return math.prod(layer.lipschitz_bound() for layer in self.layers)
+        bounds = [layer.lipschitz_bound() for layer in self.layers]
+        return math.prod(bounds) if all(map(math.isfinite, bounds)) else math.inf  # 0 times infinity is no bound
 
 
 class RepeatedLayers(RepeatedBlock):

@@ -59,7 +59,15 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
 
 
 def mlp(width_in: int, hidden: int, layers: int, width_out: int, activation: str = "relu") -> nn.Sequential:
-    """``layers`` blocks of Linear, LayerNorm and an activation of ``ACTIVATIONS``, then a Linear to ``width_out``."""
+    """``layers`` blocks of Linear, LayerNorm and an activation of ``ACTIVATIONS``, then a Linear to ``width_out``.
+
+    Raises:
+        ValueError: fewer layers than none, or another activation.
+    """
+    if layers < 0:
+        raise ValueError(f"an MLP needs at least one linear layer, got {layers + 1}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; choose from {', '.join(ACTIVATIONS)}")
     modules: list[nn.Module] = []
     for i in range(layers):
         modules += [nn.Linear(width_in if i == 0 else hidden, hidden), nn.LayerNorm(hidden), ACTIVATIONS[activation]()]

@@ -115,7 +115,12 @@ class WorldModel(nn.Module):
 
         ``depth`` holds for every step; None lets each prediction choose its own. With ``warm_start`` every step but
         the first starts from the last state of the step before (the ``h0`` of the dynamics).
+
+        Raises:
+            ValueError: no step.
         """
+        if not len(actions):
+            raise ValueError("a rollout needs at least one action")
         zs, hs, outputs = [z], [], []
         for action in actions:
             carried = {"h0": hs[-1]} if warm_start and hs else {}
