@@ -37,6 +37,10 @@ class LoopedDynamics(nn.Module):
     - ``depth`` None: adaptive; each sample stops by ``halting``, within [min_loops, max_loops]; ``solver`` says what
       enters the next loop.
 
+    Second derivatives by z and action are exact where all samples go equally deep, or adaptively; those that would go
+    through normalised weights, several depths at once, block ``rank`` or implicit gradients raise RuntimeError. Under
+    autocast the certificate stays in full precision.
+
     Args:
         latent_dim: Z. action_dim: A. hidden_dim: D, width of h.
         mean_loops: mean of the training depths. max_loops: cap of the sampled and of the adaptive depth.
