@@ -43,6 +43,15 @@ def count(seeds: int) -> str:
     return f"{seeds} seed{'s' * (seeds > 1)}"
 
 
+def together(curves: list[list[tuple[int, float]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Frames (E,) and returns (seeds, E) where all curves have an evaluation, to a hundredth of their length."""
+    mark = max(1.0, max(points[-1][0] for points in curves) / 100)
+    found = [{round(frames / mark): (frames, value) for frames, value in points} for points in curves]
+    shared = sorted(set.intersection(*map(set, found)))
+    x = np.array([found[0][at][0] for at in shared])
+    return x, np.array([[one[at][1] for at in shared] for one in found])
+
+
 def panel(
     axes: plt.Axes, title: str, rows: list[dict], anchors: dict[str, list[tuple[int, float]]], counted: bool = True
 ) -> None:
@@ -52,9 +61,7 @@ def panel(
         curves = [row["curve"] for row in rows if row["dynamics"] == name]
         if not curves:
             continue
-        length = min(len(c) for c in curves)
-        x = np.array([point[0] for point in curves[0][:length]])
-        y = np.array([[point[1] for point in c[:length]] for c in curves])  # (seeds, evaluations)
+        x, y = together(curves)
         label = f"{name} ({count(len(curves))})" if counted else name
         axes.plot(x, y.mean(0), color=color, label=label, marker="." if len(x) < 8 else None)
         axes.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, linewidth=0)

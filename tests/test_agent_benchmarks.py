@@ -543,6 +543,13 @@ def test_gradients_of_a_run_are_compared(tmp_path, capsys, monkeypatch):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_curves_are_drawn_where_all_seeds_were_evaluated():
+    x, y = figures.together(
+        [[(20_004, 1.0), (20_200, 2.0), (40_002, 3.0)], [(20_000, 5.0), (30_000, 6.0), (40_000, 7.0)]]
+    )
+    assert x.tolist() == [20_200, 40_002] and y.tolist() == [[2.0, 3.0], [5.0, 7.0]]
+
+
 def test_figures_tell_two_defaults_apart(tmp_path, monkeypatch):
     drawn, panel = {}, figures.panel
 
