@@ -44,12 +44,19 @@ def count(seeds: int) -> str:
 
 
 def together(curves: list[list[tuple[int, float]]]) -> tuple[np.ndarray, np.ndarray]:
-    """Frames (E,) and returns (seeds, E) where all curves have an evaluation, to a hundredth of their length."""
-    mark = max(1.0, max(points[-1][0] for points in curves) / 100)
-    found = [{round(frames / mark): (frames, value) for frames, value in points} for points in curves]
-    shared = sorted(set.intersection(*map(set, found)))
-    x = np.array([found[0][at][0] for at in shared])
-    return x, np.array([[one[at][1] for at in shared] for one in found])
+    """Frames (E,) of the first curve and returns (seeds, E), where every curve has an evaluation within 1 % of its end.
+
+    An evaluation is drawn once: of several of the first curve that are nearest to the same one of another, the first.
+    """
+    near, x, y, taken = max(points[-1][0] for points in curves) / 100, [], [], set()
+    for frames, _ in curves[0]:
+        nearest = [min(points, key=lambda point: abs(point[0] - frames)) for points in curves]
+        found = tuple(at for at, _ in nearest[1:])
+        if all(abs(at - frames) <= near for at in found) and not (found and taken & set(enumerate(found))):
+            taken |= set(enumerate(found))
+            x.append(frames)
+            y.append([value for _, value in nearest])
+    return np.array(x), np.array(y).T
 
 
 def panel(

@@ -56,7 +56,7 @@ class TokenPermutationModel(PermutationModel):
 
 
 class TokenPermutation(Permutation):
-    """``Permutation`` with a token for the state and for every letter, in rows padded to one length."""
+    """``Permutation`` with a token for the state and for every letter."""
 
     models: ClassVar[dict[str, Recipe]] = {
         "looped": Recipe("looped", block=BLOCK),

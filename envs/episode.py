@@ -66,9 +66,10 @@ class EpisodeEnv(gymnasium.Wrapper):
         number = episode_seed(self._seed, self._index, self._episode)
         try:
             obs, info = self.env.reset(seed=number, options=options)
+            flat = self._flatten(obs)
         except Exception as error:
             raise self._failure(error) from error
-        return self._seen(obs), info
+        return self._checked_obs(flat), info
 
     def step(self, action: np.ndarray | int) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Repeat one action until the frames are through or the episode ends.
@@ -88,23 +89,23 @@ class EpisodeEnv(gymnasium.Wrapper):
         self._actions.append(action)
         native = self._to_native(action)
         total = 0.0
-        for _ in range(self._repeat):
-            try:
+        try:
+            for _ in range(self._repeat):
                 obs, reward, terminated, truncated, info = self.env.step(native)
-            except Exception as error:
-                raise self._failure(error) from error
-            total += reward
-            if terminated or truncated:
-                self._running = False
-                break
-        total = float(np.asarray(total).item())  # some environments give it as an array of one
+                total += reward
+                if terminated or truncated:
+                    self._running = False
+                    break
+            total = float(np.asarray(total).item())  # some environments give it as an array of one
+            flat = self._flatten(obs)
+        except Exception as error:
+            raise self._failure(error) from error
         if not math.isfinite(total):
             raise TaskError(f"task '{self._task}' gave a reward of {total} {self._place()}")
-        return self._seen(obs), total, bool(terminated), bool(truncated), info
+        return self._checked_obs(flat), total, bool(terminated), bool(truncated), info
 
-    def _seen(self, obs: Any) -> np.ndarray:
-        """The flat obs (O,). Raises TaskError if it is not one that the space has, or holds what is no number."""
-        flat = self._flatten(obs)
+    def _checked_obs(self, flat: np.ndarray) -> np.ndarray:
+        """The obs (O,). Raises TaskError if it is of another size, or holds what is no number."""
         if flat.shape != self.observation_space.shape:
             size, meant = flat.shape[0], self.observation_space.shape[0]
             raise TaskError(f"task '{self._task}' gave an observation of {size} numbers, not {meant}, {self._place()}")
@@ -116,9 +117,10 @@ class EpisodeEnv(gymnasium.Wrapper):
         return f"in step {len(self._actions)} of episode {self._episode} (seed {self._seed}, environment {self._index})"
 
     def _failure(self, error: Exception) -> TaskError:
-        """What the environment raised, where, in one line."""
+        """What the environment raised, where, in one line: the source line is the innermost that no package owns."""
         said = (str(error).strip() or "no message").splitlines()[0]
-        at = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)[1:] or traceback.extract_tb(error.__traceback__)
+        at = next((frame for frame in reversed(frames) if "site-packages" not in frame.filename), frames[-1])
         source = f"{at.filename}:{at.lineno}"
         return TaskError(f"task '{self._task}' failed {self._place()}: {type(error).__name__}: {said} ({source})")
 

@@ -547,7 +547,10 @@ def test_curves_are_drawn_where_all_seeds_were_evaluated():
     x, y = figures.together(
         [[(20_004, 1.0), (20_200, 2.0), (40_002, 3.0)], [(20_000, 5.0), (30_000, 6.0), (40_000, 7.0)]]
     )
-    assert x.tolist() == [20_200, 40_002] and y.tolist() == [[2.0, 3.0], [5.0, 7.0]]
+    assert x.tolist() == [20_004, 40_002] and y.tolist() == [[1.0, 3.0], [5.0, 7.0]]
+    alone = [(1500, 1.0), (2500, 2.0), (100_000, 3.0)]
+    assert figures.together([alone])[0].tolist() == [1500, 2500, 100_000]
+    assert figures.together([alone, [(2502, 4.0), (100_000, 5.0)]])[1].tolist() == [[2.0, 3.0], [4.0, 5.0]]
 
 
 def test_figures_tell_two_defaults_apart(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     def checked(ctx: Any, *grads: Tensor) -> Any:
         if torch.is_grad_enabled():
             name = backward.__qualname__.split(".")[0]
-            raise RuntimeError(f"no second derivative goes through the weights, or several depths, of a loop ({name})")
+            raise RuntimeError(f"no second derivative goes through {name}")
         return backward(ctx, *grads)
 
     return checked

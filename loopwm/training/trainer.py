@@ -257,6 +257,7 @@ class Trainer:
                 stop=lambda: interrupt.requested,
             )
         except Exception:
+            self.evaluation, self.evaluated = None, self.frames  # the same agent would fail on the same episodes again
             self._save()
             raise
         if found is None:  # interrupted: evaluated when the run goes on
