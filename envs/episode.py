@@ -119,8 +119,8 @@ class EpisodeEnv(gymnasium.Wrapper):
     def _failure(self, error: Exception) -> TaskError:
         """What the environment raised, where, in one line: the source line is the innermost that no package owns."""
         said = (str(error).strip() or "no message").splitlines()[0]
-        frames = traceback.extract_tb(error.__traceback__)[1:] or traceback.extract_tb(error.__traceback__)
-        at = next((frame for frame in reversed(frames) if "site-packages" not in frame.filename), frames[-1])
+        frames = traceback.extract_tb(error.__traceback__)  # the first is our own
+        at = next((frame for frame in reversed(frames[1:]) if "site-packages" not in frame.filename), frames[-1])
         source = f"{at.filename}:{at.lineno}"
         return TaskError(f"task '{self._task}' failed {self._place()}: {type(error).__name__}: {said} ({source})")
 

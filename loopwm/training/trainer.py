@@ -109,7 +109,7 @@ class Trainer:
                 action = self.agent.act(self.obs, first=self.first, explore=True)
                 clock = self._lap("act", clock)
                 # step
-                obs, reward, terminated, truncated, _ = self._kept_if_it_fails(self.venv.step, action)
+                obs, reward, terminated, truncated, _ = self._step(action)
                 clock = self._lap("env", clock)
                 # store
                 self.replay.add(self.obs, self.agent.encode_action(action), reward, terminated, self.last)
@@ -149,13 +149,13 @@ class Trainer:
         """Whether the last step passed a multiple of ``every``."""
         return self.frames // every > (self.frames - frames) // every
 
-    def _kept_if_it_fails(self, step: Callable[[Any], Any], *args: Any) -> Any:
-        """What an environment answers. If it raises, a checkpoint is written first, without the environment's state.
+    def _step(self, action: np.ndarray) -> tuple:
+        """What the environments answer. If one raises, a checkpoint is written first, without their state.
 
         A run that is resumed from it begins new episodes: the same ones would end in the same error.
         """
         try:
-            return step(*args)
+            return self.venv.step(action)
         except Exception:
             self._save(failed=True)
             raise
@@ -243,9 +243,8 @@ class Trainer:
     def _evaluate_if_due(self, bar: Progress, interrupt: Interrupt) -> None:
         """At the end, and where a multiple of ``eval_every`` was passed since the last one."""
         s = self.schedule
-        if self.frames < s.frames and self.frames // s.eval_every <= self.evaluated // s.eval_every:
-            return
-        if self.evaluated == self.frames:
+        due = self.frames >= s.frames or self.frames // s.eval_every > self.evaluated // s.eval_every
+        if not due or self.evaluated == self.frames:
             return
         start = time.perf_counter()
         try:
