@@ -30,14 +30,24 @@ class FlatAdam:
     Args:
         modules: their parameters are moved into one vector, so build this before anything else refers to them.
         learning_rate: step size. clip_norm: largest norm of the whole gradient.
+        lead, lead_rate: so many of the parameters, the first ones, take that share of each step.
     """
 
     STATE = ("flat", "first_moment", "second_moment", "steps")
 
-    def __init__(self, modules: list[nn.Module], learning_rate: float, clip_norm: float, eps: float = 1e-8):
+    def __init__(
+        self,
+        modules: list[nn.Module],
+        learning_rate: float,
+        clip_norm: float,
+        eps: float = 1e-8,
+        lead: int = 0,
+        lead_rate: float = 1.0,
+    ):
         self.flat = flatten_parameters(modules).requires_grad_()
         self.flat.grad = torch.zeros_like(self.flat)
         self.learning_rate, self.clip_norm, self.eps = learning_rate, clip_norm, eps
+        self.lead, self.lead_rate = lead if lead_rate != 1.0 else 0, lead_rate
         start = 0
         for p in (p for module in modules for p in module.parameters()):
             p.grad = self.flat.grad[start : start + p.numel()].view_as(p)
@@ -54,9 +64,12 @@ class FlatAdam:
         """Clip, step; returns the gradient's norm () before clipping."""
         norm = torch.linalg.vector_norm(self.flat.grad)
         self.flat.grad.mul_((self.clip_norm / (norm + 1e-6)).clamp_max(1.0))
+        before = self.flat[: self.lead].clone()
         state = [self.first_moment], [self.second_moment], [], [self.steps]
         adam([self.flat], [self.flat.grad], *state, fused=True, amsgrad=False, maximize=False, weight_decay=0.0,
              beta1=0.9, beta2=0.999, lr=self.learning_rate, eps=self.eps)  # fmt: skip
+        if self.lead:
+            self.flat[: self.lead] = before.lerp(self.flat[: self.lead], self.lead_rate)
         return norm
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -75,7 +75,10 @@ class PlannerAgent(ActingAgent):
         }
         self.parameter_counts["total"] = sum(self.parameter_counts.values())
         c = config
-        self.model_optimizer = FlatAdam([world_model], c.learning_rate, c.clip_norm)
+        first = _count(world_model.encoder)  # of the model's parameters they come first
+        self.model_optimizer = FlatAdam(
+            [world_model], c.learning_rate, c.clip_norm, lead=first, lead_rate=c.encoder_rate
+        )
         self.value_optimizer = FlatAdam([value], c.learning_rate, c.clip_norm)
         self.policy_optimizer = FlatAdam([policy], c.learning_rate, c.clip_norm)
         self.value_target, self.policy_target = copy.deepcopy(value), copy.deepcopy(policy)

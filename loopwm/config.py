@@ -147,6 +147,7 @@ class PlannerConfig(Section):
     reset_every: Whole = 0  # distance between fresh starts of the networks, agent steps; 0: never
     reset_updates: Whole = 8000  # updates made at once from the replay after one, while nothing else happens, count
     learning_rate: Positive = 1e-3  # Adam's step size, no unit
+    encoder_rate: Share = 1.0  # the encoder's part of that step, in [0, 1]
     clip_norm: Positive = 20.0  # largest norm of a gradient, no unit
     discount: Fraction = 0.99  # worth of the next agent step's return, no unit, in (0, 1)
     n_step: Count = 3  # rewards summed before the value target bootstraps, agent steps

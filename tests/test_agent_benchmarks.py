@@ -21,6 +21,7 @@ from benchmarks import (
     figures,
     harness,
     policy_gradients,
+    representation,
     returns,
 )
 from benchmarks.diagnose import Episodes
@@ -385,6 +386,57 @@ def test_a_branch_that_cannot_be_made_ends_in_one_line(tmp_path, capsys, words, 
     with pytest.raises(SystemExit) as ended:
         branches.main([str(tmp_path / "none"), *words, "--runs", str(tmp_path)])
     assert ended.value.code == 2 and complaint in capsys.readouterr().err
+
+
+# ---- what latents keep of observations ------------------------------------------------------------------
+
+
+def test_a_network_reads_what_a_latent_holds_and_nothing_else():
+    stream = torch.Generator().manual_seed(0)
+    obs, held = (torch.randn(n, 4, generator=stream) for n in (4000, 1000))
+    obs[:, 3], held[:, 3] = 1.0, 1.0  # what does not vary is left out
+
+    def latent(x):
+        return torch.stack([3.0 * x[:, 0], x[:, 0] * x[:, 1], torch.zeros(len(x))], 1)
+
+    known, half, unknown = representation.unread(latent(obs), obs, latent(held), held).tolist()
+    assert known < 0.01 and 0.02 < half < 0.6 and unknown > 0.98
+
+
+def test_stretches_of_a_replay_are_held_out(tmp_path, monkeypatch):
+    forbid_filming(monkeypatch)
+    monkeypatch.setattr(representation, "LEAST", 8)
+    assert run(tmp_path / "run", *CARTPOLE, "frames=1000", "num_envs=2") == 0
+    cfg = read_config(tmp_path / "run" / "config.yaml")
+    learnt, held, discrete = representation.read_replay(tmp_path / "run", cfg, 900)
+    assert (len(learnt), len(held), discrete) == (40 * 9, 10 * 9, True)
+    rows = {part: {r.tobytes() for r in part.obs[: len(part)].reshape(-1, 4)} for part in (learnt, held)}
+    assert not rows[learnt] & rows[held]
+    for part in (learnt, held):
+        assert part.is_last[8 : len(part) : 9].all()
+        batch = part.sample(200, 3, uniform=True)
+        begin = batch.start // 2 % 9  # steps of a stretch
+        assert (batch.mask.sum(0) <= 8 - begin).all() and batch.mask.any()
+
+
+def test_latents_are_learnt_anew_from_a_run(tmp_path, monkeypatch, capsys):
+    forbid_filming(monkeypatch)
+    monkeypatch.setattr(representation, "LEAST", 8)
+    words = [*CARTPOLE[1:], "task=gym/Pendulum-v1", "frames=500"]
+    assert run(tmp_path / "run", *words) == 0
+    found = tmp_path / "found.json"
+    options = ["--updates", "20", "--set-change", "fixed=agent.encoder_rate=0", "--json", str(found)]
+    assert representation.main([str(tmp_path / "run"), *options]) == 0
+    unchanged, fixed = json.loads(found.read_text())["rows"]
+    assert [row["change"] for row in (unchanged, fixed)] == ["unchanged", "fixed"]
+    for row in (unchanged, fixed):
+        assert len(row["entries"]) == 3 and row["step"] > 0.0 and 0.0 <= row["unread"] <= 1.0 and row["rank"] >= 1.0
+    assert unchanged["rank"] != fixed["rank"]
+    capsys.readouterr()
+    monkeypatch.undo()
+    for wrong in ("run", "none"):  # too short, not there
+        assert representation.main([str(tmp_path / wrong), "--set-change", "fixed=agent.encoder_rate=0"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 # ---- which gradient a policy should climb ---------------------------------------------------------------

@@ -245,6 +245,23 @@ def test_flat_adam_is_adam_with_clipping(clip):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
+def test_the_lead_of_flat_adam_takes_a_part_of_each_step(rate):
+    whole, part = small_net(), small_net()
+    first = sum(p.numel() for p in whole[0].parameters())
+    for net, optimizer in (
+        (whole, FlatAdam([whole], 1e-2, 1e6)),
+        (part, FlatAdam([part], 1e-2, 1e6, lead=first, lead_rate=rate)),
+    ):
+        net(torch.ones(3, 4)).square().sum().backward()
+        optimizer.step()
+    for i, (a, b, start) in enumerate(
+        zip(whole.parameters(), part.parameters(), small_net().parameters(), strict=True)
+    ):
+        torch.testing.assert_close(b - start, (a - start) * (rate if i < 2 else 1.0), rtol=1e-4, atol=1e-7)
+    assert rate == 0.0 or not torch.equal(part[0].weight, small_net()[0].weight)
+
+
 def test_flat_adam_accumulates_until_zeroed():
     net = small_net()
     optimizer, x = FlatAdam([net], 1e-2, 1e6), torch.ones(1, 4)
@@ -1236,6 +1253,17 @@ def test_settings_of_the_loop_reach_it_and_train(settings):
     agent.update(filled_replay())
     assert "model" in changed(before, weights(agent))
     check_actions(agent.act(observations()), False)
+
+
+def test_the_encoder_learns_at_a_rate_of_its_own():
+    still = []
+    for rate in (0.0, 1.0):
+        agent = make(encoder_rate=rate)
+        before = {name: p.clone() for name, p in agent.world_model.named_parameters()}
+        agent.update(filled_replay())
+        still.append({name for name, p in agent.world_model.named_parameters() if torch.equal(p, before[name])})
+    encoder = {name for name in before if name.startswith("encoder.")}
+    assert encoder and still[0] == still[1] | encoder and not encoder & still[1]
 
 
 @KINDS
