@@ -42,6 +42,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
         "agent.policy_penalty_kept=1",
         "agent.policy_step_error=0",
     ),
+    "gradient_at_once": ("agent.policy_switch_steps=0",),
     "constant_penalty": ("agent.policy_penalty_kept=1",),
     "any_step_error": ("agent.policy_step_error=0",),
     "white_noise": ("agent.explore_std=0.2", "agent.explore_std_final=0.2", "agent.explore_correlation=0"),

@@ -165,7 +165,7 @@ class PlannerConfig(Section):
     policy_std: NonNegative = 0.2  # noise on actions the policy learns by, action units (discrete: probability)
     policy_penalty: NonNegative = 4e-4  # weight of the squared pre-activations of the policy, no unit
     policy_penalty_kept: Share = 0.05  # part of it that is left after explore_decay_steps, in [0, 1]
-    policy_switch_steps: Whole = 0  # until then none of policy_horizon, policy_std, policy_penalty_kept, agent steps
+    policy_switch_steps: Whole = 15_000  # until then no policy_horizon, policy_std, policy_penalty_kept, agent steps
     policy_step_error: NonNegative = 0.3  # nor while a model's step errs by more than this share of it; 0: whatever
     smooth_std: NonNegative = 0.2  # spread of the noise on target actions, action units (discrete: probability)
     smooth_clip: NonNegative = 0.3  # largest noise on target actions, action units

@@ -28,6 +28,7 @@ SMALL = {
     "seed_steps": 10, "update_ratio": 0.5, "plan_samples": 40, "plan_horizon": 3, "plan_loops": 2,
     "plan_iterations": 2, "plan_collect": False, "model_every": 1, "policy_every": 1, "discount": 0.5,
     "n_step": 3, "policy_horizon": 0, "policy_std": 0.0, "policy_penalty_kept": 1.0, "policy_step_error": 0.0,
+    "policy_switch_steps": 0,
 }  # fmt: skip
 
 
