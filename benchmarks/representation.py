@@ -11,7 +11,8 @@ all changes have the same data. Every fifth of 50 equal stretches of them is hel
   (1: nothing of it is left); ``lost``: how many of them it misses by more than half;
 - rank: in how many directions the latents vary (``latent_spread``).
 
-It says nothing of what an agent earns: the data are another's.
+It says nothing of what an agent earns: the data are another's. Changes of what begins later than ``--updates`` (the
+policy's gradient through the model, say) or of ``reset_every`` change nothing here.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from benchmarks.diagnose import UNVARIED
 from benchmarks.harness import interval, parser, refusing, report
 from envs import make_vector_env, resolve_action_repeat, space_dims
 from loopwm.config import Config, load_config
-from loopwm.inspect.measure import unexplained
+from loopwm.inspect.measure import strict, unexplained
 from loopwm.model.encoders import latent_spread, step_error, symlog
 from loopwm.training.checkpoint import CheckpointError, Checkpoints
 from loopwm.training.replay import Replay
@@ -52,7 +53,7 @@ def read_replay(run_dir: Path, cfg: Config, frames: int) -> tuple[Replay, Replay
     A stretch ends as an episode does that was cut short, so that no sequence crosses from one into another.
 
     Raises:
-        CheckpointError: the run has no replay, or one without that many frames.
+        CheckpointError: the run has no replay, or one without these frames; or they are too few rows.
     """
     with closing(make_vector_env(cfg.task.id, 1, action_repeat=cfg.task.action_repeat)) as venv:
         obs_dim, action_dim, discrete = space_dims(venv)
@@ -60,10 +61,12 @@ def read_replay(run_dir: Path, cfg: Config, frames: int) -> tuple[Replay, Replay
     whole = Replay(cfg.replay.capacity, *sizes)
     if Checkpoints(run_dir).load_newest(whole) is None:
         raise CheckpointError(f"{run_dir} has no checkpoint to read a replay from")
-    rows = min(frames // resolve_action_repeat(cfg.task.id, cfg.task.action_repeat) // cfg.num_envs, whole.total)
+    rows = frames // resolve_action_repeat(cfg.task.id, cfg.task.action_repeat) // cfg.num_envs
     length = rows // STRETCHES
-    if length < LEAST or len(whole) < whole.total:
-        raise CheckpointError(f"{run_dir}: needs a replay of at least {LEAST * STRETCHES} rows from the first one on")
+    if length < LEAST:
+        raise CheckpointError(f"{frames} frames of {run_dir}: are {rows} rows, and {LEAST * STRETCHES} are needed")
+    if rows > whole.total or len(whole) < whole.total:
+        raise CheckpointError(f"{run_dir}: its replay does not hold the first {frames} frames")
     learnt, held = (Replay(rows * cfg.num_envs, *sizes) for _ in range(2))
     for i in range(STRETCHES):
         fields = whole.slice(i * length, (i + 1) * length)
@@ -128,7 +131,7 @@ def measure(agent: PlannerAgent, learnt: Replay, held: Replay) -> dict[str, Any]
 
 
 def learn_anew(cfg: Config, learnt: Replay, discrete: bool, updates: int) -> PlannerAgent:
-    """An agent of ``cfg`` after so many updates, its schedules where they would be by then."""
+    """An agent of ``cfg`` after so many updates, its schedules where they would be by then; without resets."""
     agent = make_agent(cfg, learnt.obs.shape[-1], learnt.action.shape[-1], discrete)
     for done in range(updates):
         agent.acted = cfg.agent.seed_steps + int(done / cfg.agent.update_ratio)
@@ -149,7 +152,7 @@ def compare(run_dir: Path, changes: dict[str, tuple[str, ...]], frames: int, upd
         found = measure(agent, learnt, held)
         found = {key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()}
         rows.append(row | found | {"seconds": round(time.perf_counter() - start, 1)})
-        print(json.dumps(rows[-1]), flush=True)
+        print(json.dumps(strict(rows[-1])), flush=True)
     return rows
 
 

@@ -263,6 +263,7 @@ def _as_before(tree: object) -> object:
     agent = tree["agent"]
     planned = {"eval_samples": agent["plan_samples"]} if "plan_samples" in agent else {}
     value_alone = {"policy_horizon": 0, "policy_std": 0.0, "policy_penalty_kept": 1.0, "policy_step_error": 0.0}
+    value_alone |= {"policy_switch_steps": 0}  # nor later: what a file names of it was at once
     return tree | {"agent": {"priority": 0.0, "novelty_spread": 0.0} | value_alone | planned | agent}
 
 

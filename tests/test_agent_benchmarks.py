@@ -425,7 +425,7 @@ def test_latents_are_learnt_anew_from_a_run(tmp_path, monkeypatch, capsys):
     words = [*CARTPOLE[1:], "task=gym/Pendulum-v1", "frames=500"]
     assert run(tmp_path / "run", *words) == 0
     found = tmp_path / "found.json"
-    options = ["--updates", "20", "--set-change", "fixed=agent.encoder_rate=0", "--json", str(found)]
+    options = ["--frames", "500", "--updates", "20", "--set-change", "fixed=agent.encoder_rate=0", "--json", str(found)]
     assert representation.main([str(tmp_path / "run"), *options]) == 0
     unchanged, fixed = json.loads(found.read_text())["rows"]
     assert [row["change"] for row in (unchanged, fixed)] == ["unchanged", "fixed"]
@@ -433,9 +433,9 @@ def test_latents_are_learnt_anew_from_a_run(tmp_path, monkeypatch, capsys):
         assert len(row["entries"]) == 3 and row["step"] > 0.0 and 0.0 <= row["unread"] <= 1.0 and row["rank"] >= 1.0
     assert unchanged["rank"] != fixed["rank"]
     capsys.readouterr()
-    monkeypatch.undo()
-    for wrong in ("run", "none"):  # too short, not there
-        assert representation.main([str(tmp_path / wrong), "--set-change", "fixed=agent.encoder_rate=0"]) == 2
+    for wrong, frames in (("run", 700), ("run", 300), ("none", 500)):  # too long, too short, not there
+        words = ["--set-change", "fixed=agent.encoder_rate=0", "--frames", str(frames), "--updates", "1"]
+        assert representation.main([str(tmp_path / wrong), *words]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -149,6 +149,15 @@ def test_a_config_from_before_novelty_has_none(tmp_path) -> None:
     assert read_config(path).agent.novelty_spread == 0.0 < load_config([]).agent.novelty_spread
 
 
+def test_a_config_from_before_the_gradient_switched_has_it_at_once(tmp_path) -> None:
+    path = tmp_path / "config.yaml"
+    save_config(load_config([]), path)
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "policy_switch" not in line))
+    agent = read_config(path).agent
+    assert agent.policy_switch_steps == 0 < load_config([]).agent.policy_switch_steps
+    assert agent.policy_horizon == load_config([]).agent.policy_horizon > 0
+
+
 def test_a_dict_from_before_is_read_as_a_file_from_before_is() -> None:
     tree = to_dict(load_config(["agent.plan_samples=200", "agent.eval_samples=10"]))
     assert parse_config(tree) == load_config(["agent.plan_samples=200", "agent.eval_samples=10"])
