@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,13 @@ from benchmarks.ablations import CHANGES
 from benchmarks.branches import as_words, read_changes
 from benchmarks.diagnose import UNVARIED
 from benchmarks.harness import interval, parser, refusing, report
-from envs import make_vector_env, resolve_action_repeat, space_dims
+from envs import resolve_action_repeat
 from loopwm.config import Config, load_config
 from loopwm.inspect.measure import strict, unexplained
+from loopwm.inspect.run import Run, load_run
 from loopwm.model.encoders import latent_spread, step_error, symlog
-from loopwm.training.checkpoint import CheckpointError, Checkpoints
+from loopwm.training.checkpoint import CheckpointError
 from loopwm.training.replay import Replay
-from loopwm.training.run_dir import read_run
 
 STRETCHES, HELD_OUT = 50, 5  # equal parts of the rows; every how many-th is not learnt from
 LEAST = 100  # rows of a stretch
@@ -47,33 +46,29 @@ LOST = 0.5  # share of an entry
 MEASURES = ("step", "reward", "unread", "lost", "rank")
 
 
-def read_replay(run_dir: Path, cfg: Config, frames: int) -> tuple[Replay, Replay, bool]:
-    """The first ``frames`` of a run: (rows to learn from, rows held out, whether the actions are discrete).
+def split_replay(run_dir: Path, run: Run, frames: int) -> tuple[Replay, Replay]:
+    """The first ``frames`` of a run: (rows to learn from, rows held out), copied.
 
     A stretch ends as an episode does that was cut short, so that no sequence crosses from one into another.
 
     Raises:
-        CheckpointError: the run has no replay, or one without these frames; or they are too few rows.
+        CheckpointError: the run's replay is without these frames, or they are too few rows.
     """
-    with closing(make_vector_env(cfg.task.id, 1, action_repeat=cfg.task.action_repeat)) as venv:
-        obs_dim, action_dim, discrete = space_dims(venv)
-    sizes = (cfg.num_envs, obs_dim, action_dim)
-    whole = Replay(cfg.replay.capacity, *sizes)
-    if Checkpoints(run_dir).load_newest(whole) is None:
-        raise CheckpointError(f"{run_dir} has no checkpoint to read a replay from")
-    rows = frames // resolve_action_repeat(cfg.task.id, cfg.task.action_repeat) // cfg.num_envs
+    whole, task = run.replay, run.cfg.task
+    rows = frames // resolve_action_repeat(task.id, task.action_repeat) // whole.num_envs
     length = rows // STRETCHES
     if length < LEAST:
         raise CheckpointError(f"{frames} frames of {run_dir}: are {rows} rows, and {LEAST * STRETCHES} are needed")
     if rows > whole.total or len(whole) < whole.total:
         raise CheckpointError(f"{run_dir}: its replay does not hold the first {frames} frames")
-    learnt, held = (Replay(rows * cfg.num_envs, *sizes) for _ in range(2))
+    sizes = (whole.num_envs, whole.obs.shape[-1], whole.action.shape[-1])
+    learnt, held = (Replay(rows * whole.num_envs, *sizes) for _ in range(2))
     for i in range(STRETCHES):
         fields = whole.slice(i * length, (i + 1) * length)
         fields["is_last"][-1] = True
         into = held if i % HELD_OUT == HELD_OUT - 1 else learnt
         into.restore(into.total, fields)
-    return learnt, held, discrete
+    return learnt, held
 
 
 def unread(z: Tensor, obs: Tensor, z_held: Tensor, obs_held: Tensor, steps: int = 1500) -> Tensor:
@@ -89,9 +84,8 @@ def unread(z: Tensor, obs: Tensor, z_held: Tensor, obs_held: Tensor, steps: int 
     z, z_held = ((x - centre) / scale for x in (z, z_held))
     stream = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    widths = (z.shape[1], 256, 256)
-    layers = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
-    net = nn.Sequential(*layers, nn.Linear(widths[-1], truth.shape[1]))
+    first, second, last = nn.Linear(z.shape[1], 256), nn.Linear(256, 256), nn.Linear(256, truth.shape[1])
+    net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
     for _ in range(steps):
         rows = torch.randint(len(z), (256,), generator=stream)
@@ -112,14 +106,12 @@ def transitions(agent: PlannerAgent, replay: Replay, count: int = 6000) -> tuple
     return obs[0], z, action, reward, z_next
 
 
-@torch.no_grad()
 def measure(agent: PlannerAgent, learnt: Replay, held: Replay) -> dict[str, Any]:
     """``MEASURES`` of an agent, and what of each entry is unread."""
     obs, z = transitions(agent, learnt, 4 * 6000)[:2]
     obs_held, z_held, action, reward, z_next = transitions(agent, held)
     out = agent.slow_model.dynamics(z_held, action, agent.config.plan_loops or None)
-    with torch.enable_grad():
-        missed = unread(z, obs, z_held, obs_held)
+    missed = unread(z, obs, z_held, obs_held)
     return {
         "step": step_error(out.z_next, z_held, z_next),
         "reward": unexplained(agent.slow_model.predict(out.h)[0], reward),
@@ -141,13 +133,14 @@ def learn_anew(cfg: Config, learnt: Replay, discrete: bool, updates: int) -> Pla
 
 def compare(run_dir: Path, changes: dict[str, tuple[str, ...]], frames: int, updates: int) -> list[dict[str, Any]]:
     """A row for each change, of one run."""
-    cfg = read_run(run_dir)[0]
+    run = load_run(run_dir)
+    cfg = run.cfg
     settings = {name: load_config([*as_words(cfg), *words]) for name, words in changes.items()}
     rows = []
     for name, changed in settings.items():
-        learnt, held, discrete = read_replay(run_dir, changed, frames)  # anew: updates write their priorities into it
+        learnt, held = split_replay(run_dir, run, frames)  # anew: updates write their priorities into it
         start = time.perf_counter()
-        agent = learn_anew(changed, learnt, discrete, updates)
+        agent = learn_anew(changed, learnt, run.discrete, updates)
         row = {"run": str(run_dir), "task": cfg.task.id, "seed": cfg.seed, "change": name, "words": changes[name]}
         found = measure(agent, learnt, held)
         found = {key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()}

@@ -27,6 +27,7 @@ from benchmarks import (
 from benchmarks.diagnose import Episodes
 from envs import make_env
 from loopwm.config import load_config, read_config, save_config
+from loopwm.inspect.run import load_run
 from loopwm.model.encoders import symlog
 from loopwm.training.run_dir import changed_settings
 
@@ -407,9 +408,9 @@ def test_stretches_of_a_replay_are_held_out(tmp_path, monkeypatch):
     forbid_filming(monkeypatch)
     monkeypatch.setattr(representation, "LEAST", 8)
     assert run(tmp_path / "run", *CARTPOLE, "frames=1000", "num_envs=2") == 0
-    cfg = read_config(tmp_path / "run" / "config.yaml")
-    learnt, held, discrete = representation.read_replay(tmp_path / "run", cfg, 900)
-    assert (len(learnt), len(held), discrete) == (40 * 9, 10 * 9, True)
+    whole = load_run(tmp_path / "run")
+    learnt, held = representation.split_replay(tmp_path / "run", whole, 900)
+    assert (len(learnt), len(held), whole.discrete) == (40 * 9, 10 * 9, True)
     rows = {part: {r.tobytes() for r in part.obs[: len(part)].reshape(-1, 4)} for part in (learnt, held)}
     assert not rows[learnt] & rows[held]
     for part in (learnt, held):

@@ -48,26 +48,13 @@ from loopwm.training.video import VideoError, film_episode
 
 EVERY = ["eval_every=300", "checkpoint_every=150", "log_every=50", "frames=600"]
 PLAN = ["agent.plan_collect=true", "agent.plan_samples=24", "agent.plan_horizon=2"]
-AT_ONCE = ["agent.policy_switch_steps=0"]  # runs of tests are over before it
+AHEAD = ["agent.policy_horizon=2", "agent.policy_switch_steps=0"]  # at once: runs of tests are over before it
 CASES = {
     "swingup": [*SWINGUP, *EVERY],
     "cartpole-3-envs": [*CARTPOLE, *EVERY, "num_envs=3"],
     "plan-collect": [*SWINGUP, *EVERY, *PLAN, "num_envs=2", "task.action_repeat=30"],
-    "horizon": [
-        *SWINGUP,
-        *EVERY,
-        *AT_ONCE,
-        "agent.policy_horizon=2",
-        "agent.policy_std=0.2",
-        "agent.policy_penalty_kept=0.1",
-    ],
-    "known-steps": [
-        *SWINGUP,
-        *EVERY,
-        *AT_ONCE,
-        "agent.policy_horizon=2",
-        "agent.policy_step_error=1e6",
-    ],  # looked at once in 250
+    "horizon": [*SWINGUP, *EVERY, *AHEAD, "agent.policy_std=0.2", "agent.policy_penalty_kept=0.1"],
+    "known-steps": [*SWINGUP, *EVERY, *AHEAD, "agent.policy_step_error=1e6"],  # looked at once in 250
     "resets": [*SWINGUP, *EVERY, "agent.reset_every=8", "agent.reset_updates=5"],  # of 30 steps
     "global-streams": [*CARTPOLE, *EVERY, "task=gym/Drawing-v0"],
     "ring-wraps": [*CARTPOLE, *EVERY, "replay.capacity=200"],

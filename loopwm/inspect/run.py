@@ -24,6 +24,7 @@ class Run(NamedTuple):
     replay: Replay
     cfg: Config
     frames: int
+    discrete: bool  # the actions
 
 
 class Windows(NamedTuple):
@@ -44,7 +45,7 @@ def load_run(run_dir: Path) -> Run:
     checkpoints = Checkpoints(run_dir)
     misfit = f"{run_dir}: its checkpoint does not fit its config"
     try:
-        obs_dim, action_dim, _ = checkpoints.load(frames)["dims"]
+        obs_dim, action_dim, discrete = checkpoints.load(frames)["dims"]
         replay = Replay(cfg.replay.capacity, cfg.num_envs, obs_dim, action_dim)  # in memory: its files are the run's
         state = checkpoints.load_newest(replay)  # an older one, if the newest lacks rows of its replay
         model = make_world_model(cfg, obs_dim, action_dim)
@@ -59,7 +60,7 @@ def load_run(run_dir: Path) -> Run:
         raise CheckpointError(f"{misfit} ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
     if not flat.isfinite().all():
         raise CheckpointError(f"{run_dir}: its world model diverged, there is nothing but no numbers to look at")
-    return Run(model.eval().requires_grad_(False), replay, cfg, frames)
+    return Run(model.eval().requires_grad_(False), replay, cfg, frames, discrete)
 
 
 def draw_windows(replay: Replay, count: int, lengths: tuple[int, ...], seed: int = 0) -> Windows:
