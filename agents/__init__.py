@@ -30,8 +30,8 @@ def make_agent(cfg: Config, obs_dim: int, action_dim: int, discrete: bool, devic
     """
     device = torch.device(device)
     torch.manual_seed(cfg.seed)
-    z, c = cfg.encoder.latent_dim, cfg.agent
     world_model = make_world_model(cfg, obs_dim, action_dim).to(device)
+    z, c = world_model.encoder.width, cfg.agent
     policy = (DiscretePolicy if discrete else ContinuousPolicy)(z, action_dim, c.policy_dim, c.activation).to(device)
     width = z + action_dim + (world_model.dynamics.state_dim if c.value_loops else 0)
     value = ValueEnsemble(width, c.value_dim, loss=c.value_loss, activation=c.activation).to(device)

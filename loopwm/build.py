@@ -12,17 +12,21 @@ from loopwm.model.decoders import LinearDecoder
 
 def make_world_model(cfg: Config, obs_dim: int, action_dim: int) -> WorldModel:
     """The world model that a config describes. Raises ConfigError: no model has such sizes."""
-    e = cfg.encoder
-    encoder = ENCODERS[e.name](obs_dim, e.latent_dim, e.hidden_dim, e.layers, cfg.agent.activation)
+    e, grid = cfg.encoder, cfg.encoder.name == "grid"
+    sizes = (obs_dim, e.latent_dim, e.hidden_dim, e.layers, cfg.agent.activation)
     try:
-        dynamics = _make_dynamics(cfg, action_dim, encoder.norm)
+        encoder = ENCODERS[e.name](*sizes, **({"side": e.side} if grid else {}))
+    except ValueError as error:
+        raise ConfigError(f"encoder={e.name}: {error}") from None
+    try:
+        dynamics = _make_dynamics(cfg, action_dim, encoder.norm, encoder.side if grid else 0)
     except ValueError as error:
         raise ConfigError(f"dynamics={cfg.dynamics.name}: {error}") from None
-    decoder = LinearDecoder(e.latent_dim, obs_dim) if cfg.agent.observation_weight else None
-    return WorldModel(encoder, dynamics, cfg.agent.head_dim, decoder, cfg.agent.activation)
+    decoder = LinearDecoder(encoder.width, obs_dim) if cfg.agent.observation_weight else None
+    return WorldModel(encoder, dynamics, cfg.agent.head_dim, decoder, cfg.agent.activation, grid)
 
 
-def _make_dynamics(cfg: Config, action_dim: int, latent_norm: nn.Module) -> nn.Module:
+def _make_dynamics(cfg: Config, action_dim: int, latent_norm: nn.Module, side: int) -> nn.Module:
     e, d = cfg.encoder, cfg.dynamics
     return DYNAMICS[d.name](
         e.latent_dim,
@@ -31,6 +35,7 @@ def _make_dynamics(cfg: Config, action_dim: int, latent_norm: nn.Module) -> nn.M
         d.mean_loops,
         d.max_loops,
         min_loops=d.min_loops,
+        block=d.block,
         block_dim=d.block_dim,
         prelude_layers=d.prelude_layers,
         block_layers=d.block_layers,
@@ -47,4 +52,5 @@ def _make_dynamics(cfg: Config, action_dim: int, latent_norm: nn.Module) -> nn.M
         solver=d.solver,
         gradient=d.gradient,
         latent_norm=latent_norm,
+        side=side,
     )

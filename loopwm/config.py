@@ -38,7 +38,9 @@ Suite = Annotated[str, OneOf(("dmc", "gym"))]
 DynamicsName = Annotated[str, OneOf(("looped", "single_pass", "stacked", "wide", "deep_thin"))]
 DepthSampler = Annotated[str, OneOf(("fixed", "poisson", "lognormal_poisson", "uniform"))]
 LoopMode = Annotated[str, OneOf(("certified", "lipsdp", "linear", "soft"))]
+GRID_BLOCKS = ("conv", "rank")
 CERTIFIED = ("certified", "lipsdp")  # modes whose loop contracts
+Block = Annotated[str, OneOf(("mlp", "conv", "rank"))]
 LayerOrder = Annotated[str, OneOf(("abab", "aabb"))]
 Injection = Annotated[str, OneOf(("zoh", "euler", "additive"))]
 # not `gate`, which the agents train none of, nor `random`, a control with a random stream that no run would save
@@ -74,10 +76,11 @@ class EncoderConfig(Section):
     """obs -> latent z."""
 
     SECTION: ClassVar[str] = "encoder"
-    name: Annotated[str, OneOf(("mlp",))] = "mlp"  # which encoder
-    latent_dim: Annotated[int, Within(2)] = 64  # Z, width of the latent z, units
+    name: Annotated[str, OneOf(("mlp", "grid"))] = "mlp"  # which encoder: of vectors, or of square grids cell by cell
+    latent_dim: Annotated[int, Within(2)] = 64  # Z, width of the latent z (of a grid in each cell), units
     hidden_dim: Count = 128  # width of a hidden layer, units
     layers: Count = 2  # layers from the observation to z, count
+    side: Whole = 0  # S of a grid of S by S cells, count; 0: one number a cell
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class DynamicsConfig(Section):
 
     SECTION: ClassVar[str] = "dynamics"
     name: DynamicsName = "looped"  # the loop, or a control to compare it with, whose choice sets mode=linear too
+    block: Block = "mlp"  # what is looped: mlp for vectors; conv, rank for grids (which encoder=grid chooses)
     hidden_dim: Count = 64  # D, width of the loop state h, units
     block_dim: Count = 128  # inner width of the block, units
     prelude_layers: Count = 1  # layers from (z, action) to the injected input, count
@@ -226,9 +230,16 @@ class Config(Section):
     threads: Threads = 0  # torch's threads inside one operation, count; 0: leave torch's own choice
 
     def check(self) -> None:
-        """An earlier loop exists where it is trained."""
+        """An earlier loop exists where it is trained; grids have a block for grids."""
         if self.agent.early_weight and (self.dynamics.name != "looped" or self.dynamics.gradient != "unrolled"):
             raise ConfigError("agent.early_weight: needs dynamics=looped and dynamics.gradient=unrolled")
+        if (self.encoder.name == "grid") != (self.dynamics.block in GRID_BLOCKS):
+            needed = "encoder=grid" if self.encoder.name == "mlp" else "dynamics.block=conv or rank"
+            raise ConfigError(f"encoder={self.encoder.name}, dynamics.block={self.dynamics.block}: needs {needed}")
+        if self.encoder.side and self.encoder.name != "grid":
+            raise ConfigError("encoder.side: needs encoder=grid")
+        if self.encoder.name == "grid" and self.agent.value_loops:
+            raise ConfigError("agent.value_loops: needs encoder=mlp")
 
 
 # ---------------------------------------------------------------------------------------------- in and out

@@ -270,3 +270,34 @@ def test_implicit_gradients_equal_deeply_unrolled_ones():
         gradients.append(torch.autograd.grad(loss, list(dynamics.cell.parameters())))
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+# ---- grids told as vectors -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block, width", [("conv", 2 * D), ("rank", 4 * D)])
+@pytest.mark.parametrize("name", ["looped", "stacked", "single_pass", "wide", "deep_thin"])
+@pytest.mark.parametrize("laid_out", [True, False], ids=["an entry a cell", "for every cell"])
+def test_a_grid_told_as_vectors_is_the_same_grid(name, block, width, laid_out):
+    side, told = 3, 1 if laid_out else A
+    words = {"block": block, "block_dim": width, "mode": "linear" if block == "conv" else "certified"}
+    model = grid(name=name, **words | {"latent_norm": nn.Sigmoid()})
+    model.prelude = type(model.prelude)(Z, told, model.state_dim).double()
+    flat = DYNAMICS[name](Z, side**2 if laid_out else A, D, side=side, latent_norm=nn.Sigmoid(), **words).double()
+    if name == "deep_thin":  # what it may be as thin as depends on the prelude
+        flat = DYNAMICS[name](Z, A, D, side=side, latent_norm=nn.Sigmoid(), **words).double()
+        flat.prelude.prelude = type(model.prelude)(Z, told, model.state_dim).double()
+    parts = [(flat.prelude.prelude, model.prelude), (flat.start.start, model.start), (flat.coda.coda, model.coda)]
+    parts += [(flat.cell, model.cell)] if name == "looped" else [(flat.cells, model.cells)]
+    for mine, its in parts:
+        mine.load_state_dict(its.state_dict())
+    z, action = randn(2, Z, side, side), randn(2, told, *([side] * 2 if laid_out else []), seed=1)
+    expected, got = model(z, action, 3), flat(z.flatten(1), action.flatten(1), 3)
+    torch.testing.assert_close(got.z_next, expected.z_next.flatten(1), rtol=0, atol=0)
+    torch.testing.assert_close(got.h, expected.h, rtol=0, atol=0)
+    assert flat.lipschitz_bound() == model.lipschitz_bound()
+
+
+def test_a_block_for_vectors_takes_no_side():
+    with pytest.raises(ValueError, match="block 'mlp' is not for grids"):
+        LoopedDynamics(Z, A, D, side=4)

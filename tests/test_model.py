@@ -10,7 +10,7 @@ from torch import nn
 from loopwm.dynamics import DYNAMICS, DynamicsOutput
 from loopwm.model import ENCODERS, MLPEncoder, Rollout, WorldModel
 from loopwm.model.decoders import LinearDecoder
-from loopwm.model.encoders import LatentNorm, latent_spread, mlp, step_error, symlog
+from loopwm.model.encoders import GridEncoder, LatentNorm, latent_spread, mlp, step_error, symlog
 from loopwm.model.heads import ContinuationHead, RewardHead, TwoHot, symexp
 from loopwm.model.losses import masked_mean, weighted_sum, world_model_losses
 
@@ -350,3 +350,44 @@ def test_bad_sizes_and_names_are_refused():
         MLPEncoder(OBS, Z, 16, layers=0)
     with pytest.raises(ValueError, match="at least one action"):
         make().rollout(torch.zeros(B, Z).double(), torch.zeros(0, B, A).double())
+
+
+# ---- grids ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side, features", [(0, 1), (3, 1), (3, 2)])
+def test_a_grid_is_encoded_cell_by_cell(side, features):
+    encoder = GridEncoder(9 * features, Z, 16, side=side)
+    obs = torch.randn(4, 9 * features, generator=torch.Generator().manual_seed(0))
+    z = encoder(obs).view(4, Z, 9)
+    assert encoder.width == 9 * Z and encoder(obs.view(2, 2, -1)).shape == (2, 2, 9 * Z)
+    torch.testing.assert_close(z.mean(1), torch.zeros(4, 9), rtol=0, atol=1e-6)
+    torch.testing.assert_close(z.var(1, correction=0), torch.ones(4, 9), rtol=1e-3, atol=0)
+    swapped = obs.view(4, 9, features).flip(1).flatten(1)  # the last cell first: so are its channels
+    torch.testing.assert_close(encoder(swapped).view(4, Z, 9), z.flip(2))
+    obs[:, -features:] += 1.0
+    assert torch.equal((encoder(obs).view(4, Z, 9) != z).any(1).any(0), torch.arange(9) == 8)
+
+
+def test_observations_that_are_no_such_grid():
+    with pytest.raises(ValueError, match="observations of 10 numbers are not a square"):
+        GridEncoder(10, Z, 16)
+    with pytest.raises(ValueError, match="observations of 10 numbers are not 3 by 3 cells"):
+        GridEncoder(10, Z, 16, side=3)
+
+
+def test_heads_of_a_grid_read_all_of_its_cells_alike():
+    torch.manual_seed(0)
+    encoder = GridEncoder(9, Z, 16)
+    dynamics = DYNAMICS["looped"](Z, 9, D, 3, 6, block="conv", side=3, latent_norm=encoder.norm)
+    model = WorldModel(encoder, dynamics, 16, grid=True)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.5)
+    rollout = model.rollout(model.encode(torch.randn(B, 9)), torch.randn(H, B, 9), 3)
+    reward, continuation = model.predict(rollout.h)
+    assert rollout.z.shape == (H + 1, B, 9 * Z) and rollout.h.shape == (H, B, D, 3, 3) and reward.shape == (H, B)
+    for mine, its in zip((reward, continuation), model.predict(rollout.h.flip(-1, -2)), strict=True):
+        torch.testing.assert_close(mine, its)
+    spike = rollout.h.clone()
+    spike[..., 0, 2, 1] += 5.0
+    assert (model.predict(spike)[0] != reward).all() and (model.predict(spike)[1] != continuation).all()

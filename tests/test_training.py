@@ -23,6 +23,7 @@ from test_replay import ENVS, action_of, check, counting_venv
 from training_tools import (
     CARTPOLE,
     SWINGUP,
+    TINY,
     content,
     differences,
     forbid_filming,
@@ -57,6 +58,7 @@ CASES = {
     "known-steps": [*SWINGUP, *EVERY, *AHEAD, "agent.policy_step_error=1e6"],  # looked at once in 250
     "resets": [*SWINGUP, *EVERY, "agent.reset_every=8", "agent.reset_updates=5"],  # of 30 steps
     "global-streams": [*CARTPOLE, *EVERY, "task=gym/Drawing-v0"],
+    "grid": ["task=gym/loopwm/Sandpile-v0", *TINY, *EVERY, *PLAN, "encoder=grid", "agent.seed_steps=100"],
     "ring-wraps": [*CARTPOLE, *EVERY, "replay.capacity=200"],
 }
 

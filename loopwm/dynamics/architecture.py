@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from loopwm.dynamics.base import Coda, Prelude
 from loopwm.dynamics.cell import Cell, LoopCell
-from loopwm.dynamics.conv import ConvCell
+from loopwm.dynamics.conv import ConvCell, GridPrelude
+from loopwm.dynamics.flat import FlatCoda, FlatPrelude, FlatStart, action_channels
 from loopwm.dynamics.layers import ORDERS, RepeatedBlock
 from loopwm.dynamics.rank import RankCell
 from loopwm.dynamics.transformer import TransformerCell
@@ -34,10 +34,12 @@ class Architecture:
         prelude_layers: layers from (z, action) to the injected input. coda_layers: layers from h to the step of z.
         block_layers: layers in the shared block, each a cell of its own. order: a name in ``ORDERS``, how loops go
         through them.
-        latent_norm: the module that normalises latents (the encoder's). The rest: see ``Cell``.
+        latent_norm: the module that normalises latents (the encoder's; of a grid, it is given the grid).
+        side: S, where a block for grids is to take z (B, Z S S) and action (B, A) as vectors (see ``flat``); 0: grids.
+        The rest: see ``Cell``.
 
     Raises:
-        ValueError: unknown block or order, or a number of layers below one.
+        ValueError: unknown block or order, a number of layers below one, or a side for a block that is not for grids.
     """
 
     latent_dim: int
@@ -55,6 +57,7 @@ class Architecture:
     activation: str = "relu"
     skip: bool = False
     latent_norm: nn.Module | None = None
+    side: int = 0
 
     def __post_init__(self) -> None:
         for value, known, what in ((self.block, BLOCKS, "block"), (self.order, ORDERS, "order")):
@@ -63,6 +66,9 @@ class Architecture:
         for name in ("prelude_layers", "block_layers", "coda_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+        if self.side and not issubclass(self.kind.prelude, GridPrelude):
+            raise ValueError(f"block {self.block!r} is not for grids, so it takes no side")
 
     @property
     def kind(self) -> type[Cell]:
@@ -79,13 +85,16 @@ class Architecture:
         """What inner widths are multiples of."""
         return self.kind.width_multiple(self.hidden_dim)
 
-    def make_prelude(self) -> Prelude:
+    def make_prelude(self) -> nn.Module:
         """(z, action) -> the injected input e."""
-        return self.kind.prelude(self.latent_dim, self.action_dim, self.hidden_dim, self.prelude_layers)
+        told = action_channels(self.action_dim, self.side) if self.side else self.action_dim
+        prelude = self.kind.prelude(self.latent_dim, told, self.hidden_dim, self.prelude_layers)
+        return FlatPrelude(prelude, self.side) if self.side else prelude
 
     def make_start(self) -> nn.Module:
         """z -> the first state h0."""
-        return self.kind.start(self.latent_dim, self.hidden_dim)
+        start = self.kind.start(self.latent_dim, self.hidden_dim)
+        return FlatStart(start, self.side) if self.side else start
 
     def make_block(self) -> Cell | RepeatedBlock:
         """The shared block."""
@@ -97,6 +106,7 @@ class Architecture:
         """One layer of inner width ``width``."""
         return self.kind(self.hidden_dim, width, self.mode, self.gamma, self.injection, self.activation, self.skip)
 
-    def make_coda(self) -> Coda:
+    def make_coda(self) -> nn.Module:
         """(z, h) -> the next latent."""
-        return self.kind.coda(self.hidden_dim, self.latent_dim, self.latent_norm, self.coda_layers)
+        coda = self.kind.coda(self.hidden_dim, self.latent_dim, self.latent_norm, self.coda_layers)
+        return FlatCoda(coda, self.side) if self.side else coda

@@ -81,10 +81,49 @@ class MLPEncoder(nn.Module):
     def __init__(self, obs_dim: int, latent_dim: int, hidden_dim: int, layers: int = 2, activation: str = "relu"):
         super().__init__()
         self.layers = mlp(obs_dim, hidden_dim, layers - 1, latent_dim, activation)
-        self.norm = LatentNorm(latent_dim)
+        self.norm, self.width = LatentNorm(latent_dim), latent_dim
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.norm(self.layers(symlog(obs)))
 
 
-ENCODERS: dict[str, type[nn.Module]] = {"mlp": MLPEncoder}
+class CellNorm(LatentNorm):
+    """``LatentNorm`` of the channels of each cell: (..., C, S, S)."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(z.movedim(-3, -1)).movedim(-1, -3)
+
+
+class GridEncoder(nn.Module):
+    """Observations (..., S S F) of a grid, cell by cell in rows with F numbers each -> z (..., Z S S): Z channels.
+
+    The same network in every cell: what a cell has to know of others is for the dynamics to carry there.
+
+    Raises:
+        ValueError: observations that are no such grid.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        latent_dim: int,
+        hidden_dim: int,
+        layers: int = 2,
+        activation: str = "relu",
+        side: int = 0,
+    ):
+        super().__init__()
+        self.side = side or math.isqrt(obs_dim)
+        if not side and self.side**2 != obs_dim or obs_dim % self.side**2:
+            what = f"{self.side} by {self.side} cells" if side else "a square with one number a cell"
+            raise ValueError(f"observations of {obs_dim} numbers are not {what}")
+        self.features = obs_dim // self.side**2  # F
+        self.layers = mlp(self.features, hidden_dim, layers - 1, latent_dim, activation)
+        self.norm, self.width = CellNorm(latent_dim), latent_dim * self.side**2
+
+    def forward(self, obs: Tensor) -> Tensor:
+        cells = symlog(obs).unflatten(-1, (self.side, self.side, self.features))
+        return self.norm(self.layers(cells).movedim(-1, -3)).flatten(-3)
+
+
+ENCODERS: dict[str, type[nn.Module]] = {"mlp": MLPEncoder, "grid": GridEncoder}

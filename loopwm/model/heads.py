@@ -68,27 +68,42 @@ class ScaledHuber(nn.Module):
         return nn.functional.smooth_l1_loss(out.squeeze(-1), target / self.scale, reduction="none")
 
 
-class RewardHead(nn.Module):
-    """Loop state h (..., D) -> two-hot reward logits (..., bins)."""
+def over_cells(h: Tensor) -> Tensor:
+    """Loop states of grids (..., D, S, S) -> their mean over the cells (..., D)."""
+    return h.mean((-2, -1))
 
-    def __init__(self, state_dim: int, hidden_dim: int, bins: int = 63, limit: float = 6.0, activation: str = "relu"):
+
+class RewardHead(nn.Module):
+    """Loop state h (..., D), or with ``grid`` (..., D, S, S), -> two-hot reward logits (..., bins)."""
+
+    def __init__(
+        self,
+        state_dim: int,
+        hidden_dim: int,
+        bins: int = 63,
+        limit: float = 6.0,
+        activation: str = "relu",
+        grid: bool = False,
+    ):
         super().__init__()
+        self.grid = grid
         self.layers = nn.Sequential(nn.LayerNorm(state_dim), mlp(state_dim, hidden_dim, 1, bins, activation))
         self.code = TwoHot(bins, -limit, limit)
         nn.init.zeros_(self.layers[-1][-1].weight)
         nn.init.zeros_(self.layers[-1][-1].bias)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.layers(h)
+        return self.layers(over_cells(h) if self.grid else h)
 
 
 class ContinuationHead(nn.Module):
-    """Loop state h (..., D) -> logit (...,) that the episode does not terminate with this step."""
+    """Loop state h (..., D), or (..., D, S, S), -> logit (...,) that the episode does not terminate with this step."""
 
-    def __init__(self, state_dim: int, hidden_dim: int, activation: str = "relu"):
+    def __init__(self, state_dim: int, hidden_dim: int, activation: str = "relu", grid: bool = False):
         super().__init__()
+        self.grid = grid
         self.layers = nn.Sequential(nn.LayerNorm(state_dim), mlp(state_dim, hidden_dim, 1, 1, activation))
         nn.init.constant_(self.layers[-1][-1].bias, 4.0)  # terminations are rare: start from p = 0.98
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.layers(h).squeeze(-1)
+        return self.layers(over_cells(h) if self.grid else h).squeeze(-1)

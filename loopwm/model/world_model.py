@@ -27,7 +27,7 @@ class Rollout(NamedTuple):
     """H imagined steps, time first."""
 
     z: Tensor  # (H + 1, B, Z), z[0] the start
-    h: Tensor  # (H, B, D), loop states: z[t], action[t] -> h[t] -> z[t + 1], reward[t]
+    h: Tensor  # (H, B, D) or, of grids, (H, B, D, S, S), loop states: z[t], action[t] -> h[t] -> z[t + 1], reward[t]
     outputs: list[DynamicsOutput]
 
     @property
@@ -54,7 +54,7 @@ class WorldModel(nn.Module):
     Args:
         encoder: obs (..., O) -> z (..., Z). dynamics: see ``loopwm.dynamics``. head_dim: hidden width of the heads.
         decoder: z (..., Z) -> obs (..., O), of ``DECODERS`` or a ``LinearDecoder``; None: nothing is decoded.
-        activation: of the heads, a name in ``ACTIVATIONS``.
+        activation: of the heads, a name in ``ACTIVATIONS``. grid: the loop states are grids (B, D, S, S).
     """
 
     def __init__(
@@ -64,11 +64,12 @@ class WorldModel(nn.Module):
         head_dim: int,
         decoder: nn.Module | None = None,
         activation: str = "relu",
+        grid: bool = False,
     ):
         super().__init__()
         self.encoder, self.dynamics = encoder, dynamics
-        self.reward = RewardHead(dynamics.state_dim, head_dim, activation=activation)
-        self.continuation = ContinuationHead(dynamics.state_dim, head_dim // 2, activation)
+        self.reward = RewardHead(dynamics.state_dim, head_dim, activation=activation, grid=grid)
+        self.continuation = ContinuationHead(dynamics.state_dim, head_dim // 2, activation, grid)
         self.decoder = decoder
         for rule in self._prediction_rules():
             if rule.readout is None:
@@ -131,7 +132,7 @@ class WorldModel(nn.Module):
         return Rollout(torch.stack(zs), torch.stack(hs), outputs)
 
     def predict(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Loop states h (..., D) -> reward (...,) and continuation probability (...,)."""
+        """Loop states h (..., D), of grids (..., D, S, S), -> reward (...,) and continuation probability (...,)."""
         return self.reward.code.decode(self.reward(h)), torch.sigmoid(self.continuation(h))
 
     def _readout(self, z: Tensor, h: Tensor) -> Tensor:

@@ -1,0 +1,58 @@
+"""Blocks for grids behind the shapes of vectors, for an agent whose latents and actions are vectors.
+
+z (B, Z S S) holds Z channels of S rows of S cells, in that order; the loop's state stays a grid (B, D, S, S).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from loopwm.dynamics.base import Coda, Prelude
+
+
+def to_grid(x: Tensor, side: int) -> Tensor:
+    """(..., C S S) -> (..., C, S, S)."""
+    return x.unflatten(-1, (-1, side, side))
+
+
+def action_channels(action_dim: int, side: int) -> int:
+    """How many numbers of an action every cell is told: one where it has an entry for each cell, else all of them."""
+    return 1 if action_dim == side * side else action_dim
+
+
+class FlatPrelude(nn.Module):
+    """z (B, Z S S), action (B, A) -> e (B, D, S, S). An action of S S entries, row by row, is one number for each cell.
+
+    So is a one-hot action that chooses a cell. Any other action is told to every cell.
+    """
+
+    def __init__(self, prelude: Prelude, side: int):
+        super().__init__()
+        self.prelude, self.side = prelude, side
+
+    def forward(self, z: Tensor, action: Tensor) -> Tensor:
+        if action.shape[-1] == self.side**2:
+            action = to_grid(action, self.side)
+        return self.prelude(to_grid(z, self.side), action)
+
+
+class FlatStart(nn.Module):
+    """z (B, Z S S) -> h0 (B, D, S, S)."""
+
+    def __init__(self, start: nn.Module, side: int):
+        super().__init__()
+        self.start, self.side = start, side
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.start(to_grid(z, self.side))
+
+
+class FlatCoda(nn.Module):
+    """z (B, Z S S), h (B, D, S, S) -> z' (B, Z S S)."""
+
+    def __init__(self, coda: Coda, side: int):
+        super().__init__()
+        self.coda, self.side = coda, side
+
+    def forward(self, z: Tensor, h: Tensor) -> Tensor:
+        return self.coda(to_grid(z, self.side), h).flatten(-3)
