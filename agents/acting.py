@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
 from agents.exploration import CorrelatedNoise
-from agents.mppi import PlanBudget, draw, mppi, score_all
+from agents.mppi import PlanBudget, draw, exhaustive, mppi, score_all
 from agents.novelty import Novelty
 from loopwm.config import PlannerConfig
 from loopwm.model.world_model import WorldModel
@@ -120,8 +120,11 @@ class ActingAgent:
         """
         budget = self.budget
         with self.slow_model.frozen():
-            prior = self._policy_sequences(z, budget)
-            plan = mppi(z, prior, prior[:, :, 0], self.score, budget, self.generator, self.discrete)
+            if self.discrete and self.action_dim**budget.horizon <= budget.samples:
+                plan = exhaustive(z, self.policy(z)[0].detach().round(), self.score, budget.horizon)
+            else:
+                prior = self._policy_sequences(z, budget)
+                plan = mppi(z, prior, prior[:, :, 0], self.score, budget, self.generator, self.discrete)
             if self.novelty is None or not explore:
                 return plan.action
             unit = torch.where(self.largest_reward > 0.0, self.largest_reward.clamp_max(1.0), 1.0)

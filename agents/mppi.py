@@ -74,6 +74,27 @@ def mppi(
     return Plan(mean[0].clamp(-1.0, 1.0), mean, first_spread)
 
 
+@torch.no_grad()
+def exhaustive(z: Tensor, own: Tensor, score: Score, horizon: int) -> Plan:
+    """The best of ALL sequences of discrete actions for N states: A ** H of them, so for few and short ones.
+
+    Args:
+        z: (N, Z) latents. own: (N, A) the policy's actions, one-hot, which break ties: nothing is known to be better.
+        score: imagined return of sequences.
+    """
+    envs, count = own.shape
+    each = torch.eye(count, dtype=own.dtype, device=own.device)
+    index = torch.cartesian_prod(*[torch.arange(count, device=own.device)] * horizon).view(-1, horizon)  # (A ** H, H)
+    actions = each[index.t()].unsqueeze(1).expand(-1, envs, -1, -1)  # (H, N, A ** H, A), by the first action in turn
+    value = score_all(score, z, actions).nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9)  # (N, A ** H)
+    worth = value.view(envs, count, -1).amax(-1)  # (N, A) of the best sequence that begins so
+    best = worth == worth.amax(1, keepdim=True)
+    own_is_best = (best & (own > 0.5)).any(1, keepdim=True)
+    action = torch.where(own_is_best, own, each[worth.argmax(1)])
+    chosen = actions[:, 0][:, value.argmax(1)]  # (H, N, A)
+    return Plan(action, chosen, value.std(1, correction=0))
+
+
 def score_all(score: Score, z: Tensor, actions: Tensor) -> Tensor:
     """z (N, Z), actions (H, N, S, A) -> returns (N, S)."""
     horizon, envs, samples, action_dim = actions.shape
