@@ -12,7 +12,7 @@ from torch import nn
 
 from agents import make_agent
 from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
-from agents.mppi import PlanBudget, mppi
+from agents.mppi import PlanBudget, exhaustive, mppi
 from agents.novelty import Novelty
 from agents.optim import EMATarget, FlatAdam, flatten_parameters
 from agents.planner import LEAST_UNIT, REFRESH, PlannerAgent
@@ -177,6 +177,42 @@ def test_mppi_finds_the_best_discrete_sequence():
     assert torch.equal(action, nn.functional.one_hot(best[:, 0], A).float())
     assert torch.equal(mean.argmax(-1).t(), best)
     torch.testing.assert_close(mean.sum(-1), torch.ones(2, 4))
+
+
+def test_all_sequences_of_few_discrete_actions_are_compared():
+    """Scores drawn for each sequence of each state: the best one's first action, whatever the policy would do."""
+    table = torch.randn(4, A, A, generator=torch.Generator().manual_seed(0))
+    z, own = torch.arange(4.0).unsqueeze(1), nn.functional.one_hot(torch.tensor([0, 1, 2, 0]), A).float()
+
+    def look_up(z, actions):
+        assert actions.shape == (2, 4 * A * A, A) and (actions.sum(-1) == 1.0).all()
+        first, second = actions.argmax(-1)
+        return table[z[:, 0].long(), first, second]
+
+    plan = exhaustive(z, own, look_up, 2)
+    best = table.flatten(1).argmax(1)
+    torch.testing.assert_close(plan.action, nn.functional.one_hot(best // A, A).float())
+    torch.testing.assert_close(plan.mean, torch.stack([plan.action, nn.functional.one_hot(best % A, A).float()]))
+    torch.testing.assert_close(plan.spread, table.flatten(1).std(1, correction=0))
+
+
+def test_of_equal_sequences_the_policys_own_is_taken():
+    """Also among what is no number; but never instead of a better one."""
+    own = nn.functional.one_hot(torch.tensor([2, 1, 0]), A).float()
+    worth = torch.tensor([[1.0, 1.0, 1.0], [math.nan, math.nan, math.nan], [0.0, 0.5, math.nan]])
+    plan = exhaustive(torch.arange(3.0).unsqueeze(1), own, lambda z, a: worth[z[:, 0].long(), a[0].argmax(-1)], 1)
+    assert plan.action.argmax(1).tolist() == [2, 1, 1]
+
+
+def test_an_agent_of_few_discrete_actions_compares_all_sequences():
+    agent = make(discrete=True, plan_samples=A**2, plan_horizon=2)
+    z = agent.encode(torch.as_tensor(observations()))
+    action = agent.plan(z)
+    for row, taken in zip(z, action, strict=True):
+        index = torch.cartesian_prod(torch.arange(A), torch.arange(A))
+        worth = agent.score(row.expand(A**2, -1), torch.eye(A)[index.t()])
+        assert index[worth.argmax(), 0] == taken.argmax()
+    assert make(discrete=True, plan_samples=A**2 - 1, plan_horizon=2).plan(z).shape == (N, A)  # too many: drawn
 
 
 def test_mppi_with_a_later_payoff():
@@ -453,7 +489,7 @@ def test_what_was_learnt_is_less_new_than_the_rest():
 @KINDS
 def test_where_all_sequences_are_worth_the_same_an_exploring_plan_takes_the_newest(monkeypatch, discrete):
     """Novelty that grows with the first action's first entry, worth that does not depend on it."""
-    agent, z = make(discrete, plan_collect=True, plan_samples=400), torch.randn(N, 6)
+    agent, z = make(discrete, plan_collect=True, plan_samples=400, plan_horizon=6), torch.randn(N, 6)
     monkeypatch.setattr(agent, "newness", lambda z, actions: actions[0, :, 0])
     monkeypatch.setattr(agent, "score", lambda z, actions: torch.full((len(z),), 7.0))
     assert (agent.plan(z, explore=True)[:, 0] > 0.7).all() and agent.seeking == pytest.approx(0.001)
@@ -580,7 +616,8 @@ def test_an_evaluation_plans_with_at_most_its_own_samples(monkeypatch):
 
 @KINDS
 def test_a_plan_starts_from_the_policys_own_sequence_and_narrows(monkeypatch, discrete):
-    agent, spreads = make(discrete, plan_std=0.8, plan_std_final=0.2, seed_steps=10, explore_decay_steps=100), []
+    narrowing = {"plan_std": 0.8, "plan_std_final": 0.2, "seed_steps": 10, "explore_decay_steps": 100}
+    agent, spreads = make(discrete, plan_horizon=4, **narrowing), []  # of discrete actions too many to compare all
 
     def spy(z, prior, mean, score, budget, *rest):
         action, first = agent.policy(z)[0], mean[0]
