@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
 from agents.exploration import CorrelatedNoise
-from agents.mppi import PlanBudget, draw, exhaustive, mppi, score_all
+from agents.mppi import PlanBudget, all_sequences, draw, exhaustive, mppi, score_all
 from agents.novelty import Novelty
 from loopwm.config import PlannerConfig
 from loopwm.model.world_model import WorldModel
@@ -111,7 +111,8 @@ class ActingAgent:
     def plan(self, z: Tensor, explore: bool = False) -> Tensor:
         """MPPI from z (N, Z) -> action (N, A), around what the policy would do.
 
-        It starts from the policy's own sequence, not from the previous plan: with a trained policy that search came
+        Where discrete actions have no more sequences than it may score, it scores them all and takes the best. Else it
+        starts from the policy's own sequence, not from the previous plan: with a trained policy that search came
         out worse than the policy it began with (docs/ablations.md). Young policies need a wide one, hence ``plan_std``.
 
         Where no sequence is worth more than another there is nothing to gain by it. An exploring plan seeks what is
@@ -120,7 +121,7 @@ class ActingAgent:
         """
         budget = self.budget
         with self.slow_model.frozen():
-            if self.discrete and self.action_dim**budget.horizon <= budget.samples:
+            if self._compares_all(budget):
                 plan = exhaustive(z, self.policy(z)[0].detach().round(), self.score, budget.horizon)
             else:
                 prior = self._policy_sequences(z, budget)
@@ -146,9 +147,15 @@ class ActingAgent:
         newness = score_all(self.newness, z, tried.expand(held, -1, -1, -1))  # (N, S)
         return tried[0, torch.arange(len(z), device=self.device), newness.argmax(1)]
 
+    def _compares_all(self, budget: PlanBudget) -> bool:
+        """Whether a plan scores every sequence there is, since there are no more than it may score."""
+        return self.discrete and self.action_dim**budget.horizon <= budget.samples
+
     def draw_plans(self, z: Tensor) -> Tensor:
         """The sequences (H, N, S, A) that a plan from z (N, Z) begins with: what it chooses among."""
         budget = self.budget
+        if self._compares_all(budget):
+            return all_sequences(self.action_dim, budget.horizon, z).unsqueeze(1).expand(-1, len(z), -1, -1)
         mean = self._policy_sequences(z, budget)[:, :, 0]  # (H, N, A)
         std = torch.full_like(mean, budget.max_std)
         return draw(mean, std, budget.samples, self.generator, self.discrete)

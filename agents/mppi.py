@@ -83,16 +83,20 @@ def exhaustive(z: Tensor, own: Tensor, score: Score, horizon: int) -> Plan:
         score: imagined return of sequences.
     """
     envs, count = own.shape
-    each = torch.eye(count, dtype=own.dtype, device=own.device)
-    index = torch.cartesian_prod(*[torch.arange(count, device=own.device)] * horizon).view(-1, horizon)  # (A ** H, H)
-    actions = each[index.t()].unsqueeze(1).expand(-1, envs, -1, -1)  # (H, N, A ** H, A), by the first action in turn
-    value = score_all(score, z, actions).nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9)  # (N, A ** H)
+    actions = all_sequences(count, horizon, own)  # (H, A ** H, A), by the first action in turn
+    value = score_all(score, z, actions.unsqueeze(1).expand(-1, envs, -1, -1))  # (N, A ** H)
+    value = value.nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9)
     worth = value.view(envs, count, -1).amax(-1)  # (N, A) of the best sequence that begins so
     best = worth == worth.amax(1, keepdim=True)
     own_is_best = (best & (own > 0.5)).any(1, keepdim=True)
-    action = torch.where(own_is_best, own, each[worth.argmax(1)])
-    chosen = actions[:, 0][:, value.argmax(1)]  # (H, N, A)
-    return Plan(action, chosen, value.std(1, correction=0))
+    action = torch.where(own_is_best, own, torch.nn.functional.one_hot(worth.argmax(1), count).to(own.dtype))
+    return Plan(action, actions[:, value.argmax(1)], value.std(1, correction=0))
+
+
+def all_sequences(count: int, horizon: int, like: Tensor) -> Tensor:
+    """Every sequence of one-hot actions (H, A ** H, A), in order, of the dtype and on the device of ``like``."""
+    index = torch.cartesian_prod(*[torch.arange(count, device=like.device)] * horizon).view(-1, horizon)
+    return torch.eye(count, dtype=like.dtype, device=like.device)[index.t()]
 
 
 def score_all(score: Score, z: Tensor, actions: Tensor) -> Tensor:
