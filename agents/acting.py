@@ -111,9 +111,9 @@ class ActingAgent:
     def plan(self, z: Tensor, explore: bool = False) -> Tensor:
         """MPPI from z (N, Z) -> action (N, A), around what the policy would do.
 
-        Where discrete actions have no more sequences than it may score, it scores them all and takes the best. Else it
-        starts from the policy's own sequence, not from the previous plan: with a trained policy that search came
+        It starts from the policy's own sequence, not from the previous plan: with a trained policy that search came
         out worse than the policy it began with (docs/ablations.md). Young policies need a wide one, hence ``plan_std``.
+        With ``plan_exhaustive`` it takes the best of all sequences, where there are no more than it may score.
 
         Where no sequence is worth more than another there is nothing to gain by it. An exploring plan seeks what is
         new there instead, with probability exp(-spread of the scores / ``novelty_spread``): in units of the largest
@@ -148,8 +148,9 @@ class ActingAgent:
         return tried[0, torch.arange(len(z), device=self.device), newness.argmax(1)]
 
     def _compares_all(self, budget: PlanBudget) -> bool:
-        """Whether a plan scores every sequence there is, since there are no more than it may score."""
-        return self.discrete and self.action_dim**budget.horizon <= budget.samples
+        """Whether a plan scores every sequence there is, as ``plan_exhaustive`` asks where they are no more."""
+        few = self.discrete and self.action_dim**budget.horizon <= budget.samples
+        return few and self.config.plan_exhaustive
 
     def draw_plans(self, z: Tensor) -> Tensor:
         """The sequences (H, N, S, A) that a plan from z (N, Z) begins with: what it chooses among."""

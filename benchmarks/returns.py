@@ -31,7 +31,7 @@ EIGHT = tuple(
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """One line for every evaluation of every run; frames to the thousand (evaluations fall just after their mark)."""
+    """One line for every evaluation of every run; frames to the 500 (evaluations fall just after their mark)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
@@ -40,7 +40,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
             speed = round(float(np.median([value for _, value in row["frames_per_second"]])))
             for at, value in row["curve"]:
                 names = (row["task"].removeprefix("dmc/"), row["dynamics"], row["seed"])
-                table.writerow((*names, at // 1000 * 1000, round(value, 1), speed, row["commit"]))
+                table.writerow((*names, at // 500 * 500, round(value, 1), speed, row["commit"]))
 
 
 def main(arguments: list[str]) -> None:

@@ -178,8 +178,9 @@ class PlannerConfig(Section):
     explore_std_final: NonNegative = 0.15  # its last spread, action units
     explore_decay_steps: Whole = 15_000  # agent steps from the first to the last spread
     explore_correlation: Share = 0.6  # correlation of the noise from step to step, in [0, 1]
-    plan_samples: Whole = 256  # action sequences of a plan's first iteration (all, if discrete and few), count; 0: none
+    plan_samples: Whole = 256  # action sequences of a plan's first iteration, count; 0: the policy acts alone
     eval_samples: Whole = 64  # the most of them while evaluating, count
+    plan_exhaustive: bool = False  # of discrete actions score all sequences instead, if they are no more, yes or no
     plan_iterations: Count = 1  # times a plan is fitted, count; after the first with a quarter of the samples
     plan_horizon: Count = 3  # how far a plan looks ahead, agent steps
     plan_std: Share = 1.0  # first spread of a plan around the policy, action units (discrete: share of uniform draws)

@@ -205,14 +205,28 @@ def test_of_equal_sequences_the_policys_own_is_taken():
 
 
 def test_an_agent_of_few_discrete_actions_compares_all_sequences():
-    agent = make(discrete=True, plan_samples=A**2, plan_horizon=2)
+    agent = make(discrete=True, plan_samples=A**2, plan_horizon=2, plan_exhaustive=True)
     z = agent.encode(torch.as_tensor(observations()))
     action = agent.plan(z)
     for row, taken in zip(z, action, strict=True):
         index = torch.cartesian_prod(torch.arange(A), torch.arange(A))
         worth = agent.score(row.expand(A**2, -1), torch.eye(A)[index.t()])
         assert index[worth.argmax(), 0] == taken.argmax()
-    assert make(discrete=True, plan_samples=A**2 - 1, plan_horizon=2).plan(z).shape == (N, A)  # too many: drawn
+    own = agent.draw_plans(z)
+    assert own.shape == (2, N, A**2, A) and len({tuple(x.flatten().tolist()) for x in own[:, 0].unbind(1)}) == A**2
+
+
+@pytest.mark.parametrize(
+    "discrete, settings",
+    [(True, {}), (True, {"plan_exhaustive": True, "plan_samples": A**2 - 1}), (False, {"plan_exhaustive": True})],
+    ids=["not asked for", "too many", "continuous"],
+)
+def test_other_plans_are_drawn(monkeypatch, discrete, settings):
+    drawn = []
+    monkeypatch.setattr("agents.acting.mppi", lambda *a: drawn.append(len(a[0])) or mppi(*a))
+    agent = make(discrete, **{"plan_horizon": 2} | settings)
+    agent.plan(agent.encode(torch.as_tensor(observations())))
+    assert drawn == [N]
 
 
 def test_mppi_with_a_later_payoff():
@@ -489,7 +503,7 @@ def test_what_was_learnt_is_less_new_than_the_rest():
 @KINDS
 def test_where_all_sequences_are_worth_the_same_an_exploring_plan_takes_the_newest(monkeypatch, discrete):
     """Novelty that grows with the first action's first entry, worth that does not depend on it."""
-    agent, z = make(discrete, plan_collect=True, plan_samples=400, plan_horizon=6), torch.randn(N, 6)
+    agent, z = make(discrete, plan_collect=True, plan_samples=400), torch.randn(N, 6)
     monkeypatch.setattr(agent, "newness", lambda z, actions: actions[0, :, 0])
     monkeypatch.setattr(agent, "score", lambda z, actions: torch.full((len(z),), 7.0))
     assert (agent.plan(z, explore=True)[:, 0] > 0.7).all() and agent.seeking == pytest.approx(0.001)
@@ -616,8 +630,7 @@ def test_an_evaluation_plans_with_at_most_its_own_samples(monkeypatch):
 
 @KINDS
 def test_a_plan_starts_from_the_policys_own_sequence_and_narrows(monkeypatch, discrete):
-    narrowing = {"plan_std": 0.8, "plan_std_final": 0.2, "seed_steps": 10, "explore_decay_steps": 100}
-    agent, spreads = make(discrete, plan_horizon=4, **narrowing), []  # of discrete actions too many to compare all
+    agent, spreads = make(discrete, plan_std=0.8, plan_std_final=0.2, seed_steps=10, explore_decay_steps=100), []
 
     def spy(z, prior, mean, score, budget, *rest):
         action, first = agent.policy(z)[0], mean[0]
