@@ -109,7 +109,7 @@ class ActingAgent:
         return self._to_env(self._explore(action, first, self._noise_std()) if explore else action)
 
     def plan(self, z: Tensor, explore: bool = False) -> Tensor:
-        """MPPI from z (N, Z) -> action (N, A), around what the policy would do.
+        """MPPI, or an exhaustive search, from z (N, Z) -> action (N, A), around what the policy would do.
 
         It starts from the policy's own sequence, not from the previous plan: with a trained policy that search came
         out worse than the policy it began with (docs/ablations.md). Young policies need a wide one, hence ``plan_std``.

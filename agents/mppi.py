@@ -16,7 +16,7 @@ REFINEMENT = 4  # a later iteration scores so many times fewer sequences than th
 class PlanBudget:
     """How much an action may cost. ``samples`` 0: the policy alone acts."""
 
-    samples: int  # action sequences scored in the first iteration, and 1 / ``REFINEMENT`` of them in each later one
+    samples: int  # action sequences scored in the first iteration (the most that all may be), and 1 / ``REFINEMENT`` of them in each later one
     iterations: int  # of the sampling distribution
     horizon: int  # imagined agent steps
     policy_samples: int  # of the samples, how many follow the policy
@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     """What a search found for N states."""
 
     action: Tensor  # (N, A), one-hot where discrete
-    mean: Tensor  # (H, N, A) of the last distribution
+    mean: Tensor  # (H, N, A) of the last distribution; of an exhaustive search its best sequence
     spread: Tensor  # (N,) standard deviation of the first scores
 
 
@@ -76,7 +76,7 @@ def mppi(
 
 @torch.no_grad()
 def exhaustive(z: Tensor, own: Tensor, score: Score, horizon: int) -> Plan:
-    """The best of ALL sequences of discrete actions for N states: A ** H of them, so for few and short ones.
+    """Exhaustive search: the best of ALL sequences of discrete actions for N states, A ** H of them.
 
     Args:
         z: (N, Z) latents. own: (N, A) the policy's actions, one-hot, which break ties: nothing is known to be better.
@@ -86,11 +86,13 @@ def exhaustive(z: Tensor, own: Tensor, score: Score, horizon: int) -> Plan:
     actions = all_sequences(count, horizon, own)  # (H, A ** H, A), by the first action in turn
     value = score_all(score, z, actions.unsqueeze(1).expand(-1, envs, -1, -1))  # (N, A ** H)
     value = value.nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9)
-    worth = value.view(envs, count, -1).amax(-1)  # (N, A) of the best sequence that begins so
+    worth, after = value.view(envs, count, -1).max(-1)  # (N, A) each: of the best sequence that begins so, and which
     best = worth == worth.amax(1, keepdim=True)
-    own_is_best = (best & (own > 0.5)).any(1, keepdim=True)
-    action = torch.where(own_is_best, own, torch.nn.functional.one_hot(worth.argmax(1), count).to(own.dtype))
-    return Plan(action, actions[:, value.argmax(1)], value.std(1, correction=0))
+    own_is_best = (best & (own > 0.5)).any(1)
+    first = torch.where(own_is_best, own.argmax(1), worth.argmax(1))  # (N,)
+    chosen = first * (value.shape[1] // count) + after.gather(1, first.unsqueeze(1)).squeeze(1)
+    sequence = actions[:, chosen]  # (H, N, A)
+    return Plan(sequence[0], sequence, value.std(1, correction=0))
 
 
 def all_sequences(count: int, horizon: int, like: Tensor) -> Tensor:

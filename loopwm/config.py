@@ -38,9 +38,9 @@ Suite = Annotated[str, OneOf(("dmc", "gym"))]
 DynamicsName = Annotated[str, OneOf(("looped", "single_pass", "stacked", "wide", "deep_thin"))]
 DepthSampler = Annotated[str, OneOf(("fixed", "poisson", "lognormal_poisson", "uniform"))]
 LoopMode = Annotated[str, OneOf(("certified", "lipsdp", "linear", "soft"))]
-GRID_BLOCKS = ("conv", "rank")
 CERTIFIED = ("certified", "lipsdp")  # modes whose loop contracts
 Block = Annotated[str, OneOf(("mlp", "conv", "rank"))]
+GRID_BLOCKS = ("conv", "rank")
 LayerOrder = Annotated[str, OneOf(("abab", "aabb"))]
 Injection = Annotated[str, OneOf(("zoh", "euler", "additive"))]
 # not `gate`, which the agents train none of, nor `random`, a control with a random stream that no run would save
@@ -124,6 +124,9 @@ class DynamicsConfig(Section):
             if getattr(self, name) == value and (self.name != "looped" or self.mode not in CERTIFIED):
                 needed = "dynamics=looped" if self.name != "looped" else f"dynamics.mode={' or '.join(CERTIFIED)}"
                 raise ConfigError(f"dynamics.{name}={value}: needs {needed}")
+        if self.block == "rank" and self.block_dim % self.hidden_dim:
+            needed = f"dynamics.block=rank needs a multiple of dynamics.hidden_dim={self.hidden_dim}"
+            raise ConfigError(f"dynamics.block_dim={self.block_dim}: {needed}")
         if self.skip and self.mode == "certified":
             raise ConfigError("dynamics.skip=true: needs dynamics.mode=lipsdp, linear or soft")
         if self.gradient == "implicit" and self.order == "aabb":
@@ -180,7 +183,7 @@ class PlannerConfig(Section):
     explore_correlation: Share = 0.6  # correlation of the noise from step to step, in [0, 1]
     plan_samples: Whole = 256  # action sequences of a plan's first iteration, count; 0: the policy acts alone
     eval_samples: Whole = 64  # the most of them while evaluating, count
-    plan_exhaustive: bool = False  # of discrete actions score all sequences instead, if they are no more, yes or no
+    plan_exhaustive: bool = False  # score all sequences of discrete actions instead, if no more than those, yes or no
     plan_iterations: Count = 1  # times a plan is fitted, count; after the first with a quarter of the samples
     plan_horizon: Count = 3  # how far a plan looks ahead, agent steps
     plan_std: Share = 1.0  # first spread of a plan around the policy, action units (discrete: share of uniform draws)

@@ -61,6 +61,8 @@ MISTAKES = [
     (["dynamics.halting=residul"], "mean residual"),
     (["dynamics.halting=certified", "dynamics.mode=linear"], "dynamics.halting=certified: needs dynamics.mode=cert"),
     (["dynamics.skip=true"], "dynamics.skip=true: needs dynamics.mode=lipsdp"),
+    (["encoder=grid", "dynamics.block_dim=50"], "dynamics.block_dim=50: dynamics.block=rank needs a multiple of"),
+    (["encoder=grid", "size=small"], "needs a multiple of dynamics.hidden_dim=64"),
     (["dynamics.block=conv"], "encoder=mlp, dynamics.block=conv: needs encoder=grid"),
     (["encoder=grid", "dynamics.block=mlp"], "dynamics.block=mlp: needs dynamics.block=conv or rank"),
     (["encoder.side=8"], "encoder.side: needs encoder=grid"),
@@ -132,9 +134,12 @@ def test_the_defaults_are_those_of_the_dataclasses() -> None:
 
 @pytest.mark.parametrize(("group", "option"), GROUP_OPTIONS)
 def test_every_group_option_builds(group: str, option: str) -> None:
-    cfg = load_config([f"{group}={option}"])
-    part = getattr(cfg, group, None)  # size is a group without a section
-    assert part is None or option in (getattr(part, "name", None), getattr(part, "suite", None), "fast")
+    """With every value of its file in place; some say something of other sections, under the name of theirs."""
+    said = yaml.safe_load((CONFIG_DIR / group / f"{option}.yaml").read_text())
+    if not said.keys() & {"encoder", "dynamics", "agent"}:
+        said = {group: said} if group != "size" else said
+    cfg = to_dict(load_config([f"{group}={option}"]))
+    assert {section: cfg[section] | values for section, values in said.items()} == {name: cfg[name] for name in said}
 
 
 def test_a_config_from_before_priorities_is_read_as_what_its_run_did(tmp_path) -> None:

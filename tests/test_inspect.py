@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,6 +71,17 @@ def test_report_of_a_control_beside_the_run(tmp_path, monkeypatch, capsys):
     found = report(tmp_path / "x" / "inspect")
     assert not found["looped"] and list(found["horizon"]) == ["stacked"] and "settling" not in found
     assert "| none |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("order, shares", [(2.0, [1.0, 0.6, 0.0]), (math.inf, [1.0, 0.75, 0.0])])
+def test_settling_is_measured_in_the_norm_of_the_certificate(order, shares):
+    """States of a grid that end at (3, 4), by way of (0, 0) and (3, 1): in which norm says how far that is."""
+    way = torch.tensor([[0.0, 0.0], [3.0, 1.0], [3.0, 4.0]])
+    dynamics = SimpleNamespace(mean_loops=4, frozen=nullcontext, cell=SimpleNamespace(norm_order=order))
+    dynamics.trajectory = lambda z, action, loops: way[torch.arange(loops + 1).clamp_max(2)].view(-1, 1, 1, 1, 2)
+    dynamics.lipschitz_bound = dynamics.measured_contraction = lambda *_: 0.9
+    found = settling(dynamics, torch.zeros(1, 2), torch.zeros(1, 2))
+    assert [share for _, share, _ in found["distance"][:3]] == pytest.approx(shares) and found["settled"]
 
 
 def test_settling_stays_below_the_certificate():

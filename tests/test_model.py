@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from loopwm.build import make_world_model
+from loopwm.config import load_config
 from loopwm.dynamics import DYNAMICS, DynamicsOutput
+from loopwm.dynamics.flat import to_grid
 from loopwm.model import ENCODERS, MLPEncoder, Rollout, WorldModel
 from loopwm.model.decoders import LinearDecoder
 from loopwm.model.encoders import GridEncoder, LatentNorm, latent_spread, mlp, step_error, symlog
@@ -365,8 +368,10 @@ def test_a_grid_is_encoded_cell_by_cell(side, features):
     torch.testing.assert_close(z.var(1, correction=0), torch.ones(4, 9), rtol=1e-3, atol=0)
     swapped = obs.view(4, 9, features).flip(1).flatten(1)  # the last cell first: so are its channels
     torch.testing.assert_close(encoder(swapped).view(4, Z, 9), z.flip(2))
-    obs[:, -features:] += 1.0
-    assert torch.equal((encoder(obs).view(4, Z, 9) != z).any(1).any(0), torch.arange(9) == 8)
+    for cell in range(9):  # in rows, as an action that chooses one is laid out
+        alone = encoder.norm(encoder.layers(symlog(obs.view(4, 9, features)[:, cell]))[:, :, None, None])
+        torch.testing.assert_close(z[:, :, cell], alone[:, :, 0, 0])
+    assert torch.equal(to_grid(encoder(obs), 3)[:, :, 0, 1], z[:, :, 1])
 
 
 def test_observations_that_are_no_such_grid():
@@ -388,6 +393,27 @@ def test_heads_of_a_grid_read_all_of_its_cells_alike():
     assert rollout.z.shape == (H + 1, B, 9 * Z) and rollout.h.shape == (H, B, D, 3, 3) and reward.shape == (H, B)
     for mine, its in zip((reward, continuation), model.predict(rollout.h.flip(-1, -2)), strict=True):
         torch.testing.assert_close(mine, its)
-    spike = rollout.h.clone()
-    spike[..., 0, 2, 1] += 5.0
-    assert (model.predict(spike)[0] != reward).all() and (model.predict(spike)[1] != continuation).all()
+    everywhere = rollout.h.mean((-2, -1), keepdim=True).expand(-1, -1, -1, 3, 3)
+    for mine, its in zip((reward, continuation), model.predict(everywhere), strict=True):
+        torch.testing.assert_close(mine, its)
+
+
+@pytest.mark.parametrize("block, mode", [("conv", "linear"), ("rank", "certified")])
+@pytest.mark.parametrize("name", ["looped", "stacked"])
+def test_a_world_model_of_grids_from_a_config(name, block, mode):
+    """Sizes that all differ, so that no axis passes for another; the coda's norm is the encoder's."""
+    words = ["task=gym/loopwm/Sandpile-v0", "encoder=grid", "encoder.latent_dim=5", "encoder.hidden_dim=7"]
+    words += [f"dynamics={name}", f"dynamics.block={block}", f"dynamics.mode={mode}", "dynamics.hidden_dim=6"]
+    model = make_world_model(load_config([*words, "dynamics.block_dim=12"]), 9, 9)
+    for p in model.dynamics.parameters():
+        nn.init.normal_(p, std=0.5)
+    z = model.encode(torch.randn(B, 9))
+    step = model.step(z, torch.eye(9)[:B], 3)
+    assert step.z_next.shape == z.shape == (B, 45) and step.out.h.shape == (B, 6, 3, 3)
+    for latent in (z, step.z_next):
+        torch.testing.assert_close(latent.view(B, 5, 9).mean(1), torch.zeros(B, 9), rtol=0, atol=1e-5)
+        torch.testing.assert_close(latent.view(B, 5, 9).var(1, correction=0), torch.ones(B, 9), rtol=1e-2, atol=0)
+    moved = (model.step(z, torch.eye(9)[1:2].expand(B, -1), 1).out.h - model.step(z, torch.zeros(B, 9), 1).out.h) != 0
+    near = torch.tensor([[1, 1, 1], [1, 1, 1], [0, 0, 0]] if block == "conv" else [[1, 1, 1], [0, 1, 0], [0, 0, 0]])
+    if name == "looped":  # the action is on the second cell of the first row: one loop carries it to its neighbours
+        assert not moved.any(1)[:, near == 0].any() and moved.any(1)[:, 0, 1].all()

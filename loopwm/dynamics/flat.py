@@ -1,4 +1,4 @@
-"""Blocks for grids behind the shapes of vectors, for an agent whose latents and actions are vectors.
+"""Flattens and unflattens grid latents and actions, so that an agent of vectors can have a block for grids.
 
 z (B, Z S S) holds Z channels of S rows of S cells, in that order; the loop's state stays a grid (B, D, S, S).
 """
@@ -16,14 +16,14 @@ def to_grid(x: Tensor, side: int) -> Tensor:
 
 
 def action_channels(action_dim: int, side: int) -> int:
-    """How many numbers of an action every cell is told: one where it has an entry for each cell, else all of them."""
+    """How many channels an action has on the grid: one where it has an entry for each cell, else all are broadcast."""
     return 1 if action_dim == side * side else action_dim
 
 
 class FlatPrelude(nn.Module):
     """z (B, Z S S), action (B, A) -> e (B, D, S, S). An action of S S entries, row by row, is one number for each cell.
 
-    So is a one-hot action that chooses a cell. Any other action is told to every cell.
+    So is a one-hot action that chooses a cell. Any other action is broadcast to every cell.
     """
 
     def __init__(self, prelude: Prelude, side: int):

@@ -14,6 +14,7 @@ from loopwm.model import WorldModel
 
 SETTLED = 512  # loops after which a contracting loop counts as at its fixed point
 SHOWN = 32  # loops of which the distance to it is looked at, or the trained mean, where that is more
+ROWS = 64  # states whose every loop is kept at once: of grids they are large
 QUANTILES = (0.1, 0.5, 0.9)
 
 
@@ -38,24 +39,35 @@ def settling(dynamics: LoopedDynamics, z: Tensor, action: Tensor) -> dict[str, A
     """How the loop state comes to rest from z (B, Z), action (B, A), as a share of its size there.
 
     Returns:
-        ``distance``: for t = 0, 1, ... the quantiles over the batch of ||h[t] - h[SETTLED]|| / ||h[SETTLED]||;
+        ``distance``: for t = 0, 1, ... the quantiles over the batch of ||h[t] - h[SETTLED]|| / ||h[SETTLED]||, in the
+        norm of the certificate: Euclidean, or the largest entry with block ``rank``;
         ``settled``: whether the last hundredth of those loops moved no state by more than a thousandth;
         ``bound``, ``measured``: the contraction factor of one loop, certified and seen (``LoopedDynamics``).
     """
     shown = max(SHOWN, dynamics.mean_loops)
     with dynamics.frozen():
-        states = dynamics.trajectory(z, action, max(SETTLED, 2 * shown)).flatten(2)  # (T + 1, B, D)
-        size = states[-1].norm(dim=-1).clamp_min(1e-8)  # (B,)
-        distance = (states[: shown + 1] - states[-1]).norm(dim=-1) / size  # (shown + 1, B)
-        moved = (states[-1] - states[-1 - SETTLED // 100]).norm(dim=-1) / size
+        parts = zip(z.split(ROWS), action.split(ROWS), strict=True)
+        distance, moved = map(torch.cat, zip(*(_approach(dynamics, *rows, shown) for rows in parts), strict=True))
         bound, measured = dynamics.lipschitz_bound(), dynamics.measured_contraction(z, action)
-    levels = torch.quantile(distance, torch.tensor(QUANTILES), dim=1).T  # (shown + 1, 3)
+    levels = torch.quantile(distance, torch.tensor(QUANTILES), dim=0).T  # (shown + 1, 3)
     return {
         "distance": levels.tolist(),
         "settled": bool((moved < 1e-3).all()),
         "bound": bound,
         "measured": measured,
     }
+
+
+def _approach(dynamics: LoopedDynamics, z: Tensor, action: Tensor, shown: int) -> tuple[Tensor, Tensor]:
+    """(distances (B, shown + 1), how far the last loops moved (B,)), see ``settling``."""
+    states = dynamics.trajectory(z, action, max(SETTLED, 2 * shown)).flatten(2)  # (T + 1, B, D), or all of a grid
+
+    def length(x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x, dynamics.cell.norm_order, dim=-1)
+
+    size = length(states[-1]).clamp_min(1e-8)  # (B,)
+    distance = length(states[: shown + 1] - states[-1]) / size  # (shown + 1, B)
+    return distance.T, length(states[-1] - states[-1 - SETTLED // 100]) / size
 
 
 def depth_errors(

@@ -115,7 +115,7 @@ class GridEncoder(nn.Module):
         super().__init__()
         self.side = side or math.isqrt(obs_dim)
         if not side and self.side**2 != obs_dim or obs_dim % self.side**2:
-            what = f"{self.side} by {self.side} cells" if side else "a square with one number a cell"
+            what = f"{self.side} by {self.side} cells" if side else "a square with one number a cell: set encoder.side"
             raise ValueError(f"observations of {obs_dim} numbers are not {what}")
         self.features = obs_dim // self.side**2  # F
         self.layers = mlp(self.features, hidden_dim, layers - 1, latent_dim, activation)

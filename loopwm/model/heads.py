@@ -68,8 +68,8 @@ class ScaledHuber(nn.Module):
         return nn.functional.smooth_l1_loss(out.squeeze(-1), target / self.scale, reduction="none")
 
 
-def over_cells(h: Tensor) -> Tensor:
-    """Loop states of grids (..., D, S, S) -> their mean over the cells (..., D)."""
+def mean_pool(h: Tensor) -> Tensor:
+    """Global average pooling: loop states of grids (..., D, S, S) -> their mean over the cells (..., D)."""
     return h.mean((-2, -1))
 
 
@@ -93,7 +93,7 @@ class RewardHead(nn.Module):
         nn.init.zeros_(self.layers[-1][-1].bias)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.layers(over_cells(h) if self.grid else h)
+        return self.layers(mean_pool(h) if self.grid else h)
 
 
 class ContinuationHead(nn.Module):
@@ -106,4 +106,4 @@ class ContinuationHead(nn.Module):
         nn.init.constant_(self.layers[-1][-1].bias, 4.0)  # terminations are rare: start from p = 0.98
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.layers(over_cells(h) if self.grid else h).squeeze(-1)
+        return self.layers(mean_pool(h) if self.grid else h).squeeze(-1)
