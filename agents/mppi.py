@@ -16,7 +16,7 @@ REFINEMENT = 4  # a later iteration scores so many times fewer sequences than th
 class PlanBudget:
     """How much an action may cost. ``samples`` 0: the policy alone acts."""
 
-    samples: int  # action sequences scored in the first iteration (the most that all may be), and 1 / ``REFINEMENT`` of them in each later one
+    samples: int  # action sequences scored in the first iteration, and 1 / ``REFINEMENT`` of them in each later one
     iterations: int  # of the sampling distribution
     horizon: int  # imagined agent steps
     policy_samples: int  # of the samples, how many follow the policy

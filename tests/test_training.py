@@ -49,6 +49,7 @@ from loopwm.training.video import VideoError, film_episode
 
 EVERY = ["eval_every=300", "checkpoint_every=150", "log_every=50", "frames=600"]
 PLAN = ["agent.plan_collect=true", "agent.plan_samples=24", "agent.plan_horizon=2"]
+SHALLOW = ["dynamics.mean_loops=2", "agent.plan_loops=2"]
 AHEAD = ["agent.policy_horizon=2", "agent.policy_switch_steps=0"]  # at once: runs of tests are over before it
 CASES = {
     "swingup": [*SWINGUP, *EVERY],
@@ -58,7 +59,7 @@ CASES = {
     "known-steps": [*SWINGUP, *EVERY, *AHEAD, "agent.policy_step_error=1e6"],  # looked at once in 250
     "resets": [*SWINGUP, *EVERY, "agent.reset_every=8", "agent.reset_updates=5"],  # of 30 steps
     "global-streams": [*CARTPOLE, *EVERY, "task=gym/Drawing-v0"],
-    "grid": ["task=gym/loopwm/Sandpile-v0", *TINY, *EVERY, *PLAN, "encoder=grid", "agent.seed_steps=100"],
+    "grid": ["task=gym/loopwm/Sandpile-v0", *TINY, *EVERY, *PLAN, "encoder=grid", *SHALLOW, "agent.novelty_spread=0"],
     "ring-wraps": [*CARTPOLE, *EVERY, "replay.capacity=200"],
 }
 
