@@ -122,7 +122,7 @@ class ActingAgent:
         budget = self.budget
         with self.slow_model.frozen():
             if self._compares_all(budget):
-                plan = exhaustive(z, self.policy(z)[0].detach().round(), self.score, budget.horizon)
+                plan = exhaustive(z, self.policy(z)[0], self.score, budget.horizon)
             else:
                 prior = self._policy_sequences(z, budget)
                 plan = mppi(z, prior, prior[:, :, 0], self.score, budget, self.generator, self.discrete)

@@ -90,8 +90,8 @@ def exhaustive(z: Tensor, own: Tensor, score: Score, horizon: int) -> Plan:
     best = worth == worth.amax(1, keepdim=True)
     own_is_best = (best & (own > 0.5)).any(1)
     first = torch.where(own_is_best, own.argmax(1), worth.argmax(1))  # (N,)
-    chosen = first * (value.shape[1] // count) + after.gather(1, first.unsqueeze(1)).squeeze(1)
-    sequence = actions[:, chosen]  # (H, N, A)
+    after = after.gather(1, first.unsqueeze(1)).squeeze(1)  # (N,)
+    sequence = actions.view(horizon, count, -1, count)[:, first, after]  # (H, N, A)
     return Plan(sequence[0], sequence, value.std(1, correction=0))
 
 

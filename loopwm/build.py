@@ -12,18 +12,18 @@ from loopwm.model.decoders import LinearDecoder
 
 def make_world_model(cfg: Config, obs_dim: int, action_dim: int) -> WorldModel:
     """The world model that a config describes. Raises ConfigError: no model has such sizes."""
-    e, grid = cfg.encoder, cfg.encoder.name == "grid"
+    e = cfg.encoder
     sizes = (obs_dim, e.latent_dim, e.hidden_dim, e.layers, cfg.agent.activation)
     try:
-        encoder = ENCODERS[e.name](*sizes, **({"side": e.side} if grid else {}))
+        encoder = ENCODERS[e.name](*sizes, **({"side": e.side} if e.side else {}))
     except ValueError as error:
         raise ConfigError(f"encoder={e.name}: {error}") from None
     try:
-        dynamics = _make_dynamics(cfg, action_dim, encoder.norm, encoder.side if grid else 0)
+        dynamics = _make_dynamics(cfg, action_dim, encoder.norm, encoder.side)
     except ValueError as error:
         raise ConfigError(f"dynamics={cfg.dynamics.name}: {error}") from None
     decoder = LinearDecoder(encoder.width, obs_dim) if cfg.agent.observation_weight else None
-    return WorldModel(encoder, dynamics, cfg.agent.head_dim, decoder, cfg.agent.activation, grid)
+    return WorldModel(encoder, dynamics, cfg.agent.head_dim, decoder, cfg.agent.activation, grid=encoder.side > 0)
 
 
 def _make_dynamics(cfg: Config, action_dim: int, latent_norm: nn.Module, side: int) -> nn.Module:

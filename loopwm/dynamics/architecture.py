@@ -8,7 +8,7 @@ from torch import nn
 
 from loopwm.dynamics.cell import Cell, LoopCell
 from loopwm.dynamics.conv import ConvCell, GridPrelude
-from loopwm.dynamics.flat import FlatCoda, FlatPrelude, FlatStart, action_channels
+from loopwm.dynamics.flat import FlatCoda, FlatPrelude, FlatStart, has_an_entry_a_cell
 from loopwm.dynamics.layers import ORDERS, RepeatedBlock
 from loopwm.dynamics.rank import RankCell
 from loopwm.dynamics.transformer import TransformerCell
@@ -66,7 +66,6 @@ class Architecture:
         for name in ("prelude_layers", "block_layers", "coda_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
         if self.side and not issubclass(self.kind.prelude, GridPrelude):
             raise ValueError(f"block {self.block!r} is not for grids, so it takes no side")
 
@@ -87,8 +86,8 @@ class Architecture:
 
     def make_prelude(self) -> nn.Module:
         """(z, action) -> the injected input e."""
-        told = action_channels(self.action_dim, self.side) if self.side else self.action_dim
-        prelude = self.kind.prelude(self.latent_dim, told, self.hidden_dim, self.prelude_layers)
+        channels = 1 if has_an_entry_a_cell(self.action_dim, self.side) else self.action_dim
+        prelude = self.kind.prelude(self.latent_dim, channels, self.hidden_dim, self.prelude_layers)
         return FlatPrelude(prelude, self.side) if self.side else prelude
 
     def make_start(self) -> nn.Module:

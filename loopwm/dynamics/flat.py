@@ -15,9 +15,9 @@ def to_grid(x: Tensor, side: int) -> Tensor:
     return x.unflatten(-1, (-1, side, side))
 
 
-def action_channels(action_dim: int, side: int) -> int:
-    """How many channels an action has on the grid: one where it has an entry for each cell, else all are broadcast."""
-    return 1 if action_dim == side * side else action_dim
+def has_an_entry_a_cell(action_dim: int, side: int) -> bool:
+    """Whether an action is laid out on the grid, as one channel; any other is broadcast to every cell."""
+    return 0 < action_dim == side * side
 
 
 class FlatPrelude(nn.Module):
@@ -31,7 +31,7 @@ class FlatPrelude(nn.Module):
         self.prelude, self.side = prelude, side
 
     def forward(self, z: Tensor, action: Tensor) -> Tensor:
-        if action.shape[-1] == self.side**2:
+        if has_an_entry_a_cell(action.shape[-1], self.side):
             action = to_grid(action, self.side)
         return self.prelude(to_grid(z, self.side), action)
 

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from loopwm.dynamics.conv import channels_first, channels_last
+
 
 class LatentNorm(nn.Module):
     """Layer normalisation without parameters: each latent has mean 0 and variance 1 over its Z entries.
@@ -78,6 +80,8 @@ def mlp(width_in: int, hidden: int, layers: int, width_out: int, activation: str
 class MLPEncoder(nn.Module):
     """State observations (..., O) -> z (..., Z): symlog, MLP, latent norm."""
 
+    side = 0  # no grid
+
     def __init__(self, obs_dim: int, latent_dim: int, hidden_dim: int, layers: int = 2, activation: str = "relu"):
         super().__init__()
         self.layers = mlp(obs_dim, hidden_dim, layers - 1, latent_dim, activation)
@@ -91,7 +95,7 @@ class CellNorm(LatentNorm):
     """``LatentNorm`` of the channels of each cell: (..., C, S, S)."""
 
     def forward(self, z: Tensor) -> Tensor:
-        return super().forward(z.movedim(-3, -1)).movedim(-1, -3)
+        return channels_first(super().forward(channels_last(z)))
 
 
 class GridEncoder(nn.Module):
@@ -123,7 +127,7 @@ class GridEncoder(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         cells = symlog(obs).unflatten(-1, (self.side, self.side, self.features))
-        return self.norm(self.layers(cells).movedim(-1, -3)).flatten(-3)
+        return self.norm(channels_first(self.layers(cells))).flatten(-3)
 
 
 ENCODERS: dict[str, type[nn.Module]] = {"mlp": MLPEncoder, "grid": GridEncoder}
