@@ -222,6 +222,11 @@ class ActingAgent:
             return self.policy.perturb(action, std, 1.0, self.generator)
         return (action + std * self._noise(action, first, self.generator)).clamp(-1.0, 1.0)
 
+    def smoothed(self, action: Tensor, generator: torch.Generator) -> Tensor:
+        """Action (..., A) as the value's target takes it: near it, or, of discrete ones, a random one at times."""
+        c = self.config
+        return self.policy.perturb(action, c.smooth_share if self.discrete else c.smooth_std, c.smooth_clip, generator)
+
     def _to_env(self, action: Tensor) -> np.ndarray:
         action = action.argmax(-1) if self.discrete else action
         return action.cpu().numpy()

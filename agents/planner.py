@@ -254,7 +254,7 @@ class PlannerAgent(ActingAgent):
         powers = c.discount ** torch.arange(reward.shape[0] + 1, device=self.device)  # (n + 1,)
         returns = (powers[:-1, None] * reward).sum(0)  # (B,); masked rewards are zero
         bootstrap = powers[mask.sum(0).long()] * (1.0 - terminated.amax(0))  # truncation does not stop it
-        action = self.policy.perturb(self.policy_target(z_end)[0], c.smooth_std, c.smooth_clip, self.generator)
+        action = self.smoothed(self.policy_target(z_end)[0], self.generator)
         value = self.value_target.values(self.value_input(z_end, action)).amin(0)
         return returns + bootstrap * value
 

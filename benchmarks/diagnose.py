@@ -11,7 +11,8 @@ Each run plays episodes by its policy alone, and what it imagined on the way is 
   step as a share of the step (1: no better than to predict that nothing moves);
 - value: the mean of both values against the discounted return that followed, where so much of the episode was left
   that all but a twentieth of it is known; no figure where episodes are too short for that. Values learn of actions with
-  the target's noise (``smooth_std``), so the same of episodes with that noise says how much of the bias is its doing;
+  the target's noise (``smooth_std``, ``smooth_share``), so the same of episodes with that noise says how much of the
+  bias is its doing;
 - plan: how far apart the scores of the sequences that one plan draws lie, and how far the value at the end of an
   imagined sequence lies from that of the state which really came, which should be less;
 - policy and planner: their returns on the same episodes.
@@ -67,12 +68,12 @@ def play(agent: PlannerAgent, task: str, repeat: int, episodes: int, noisy: bool
     """
     venv, agent = make_vector_env(task, episodes, seed=SEED, action_repeat=repeat), agent.evaluator()
     obs, rows, ended = venv.reset(seed=SEED)[0], [], False
-    first, c, stream = np.ones(episodes, bool), agent.config, torch.Generator().manual_seed(SEED)
+    first, stream = np.ones(episodes, bool), torch.Generator().manual_seed(SEED)
     while not ended:
         action = agent.act(obs, first=first)
         if noisy:
             row = torch.as_tensor(agent.encode_action(action), dtype=torch.float32)  # (E, A)
-            row = agent.policy.perturb(row, c.smooth_std, c.smooth_clip, stream)
+            row = agent.smoothed(row, stream)
             action = (row.argmax(-1) if agent.discrete else row).numpy()
         after, reward, terminated, truncated, _ = venv.step(action)
         rows.append((obs.copy(), agent.encode_action(action), reward))

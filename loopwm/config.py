@@ -174,8 +174,9 @@ class PlannerConfig(Section):
     policy_penalty_kept: Share = 0.05  # part of it that is left after explore_decay_steps, in [0, 1]
     policy_switch_steps: Whole = 15_000  # until then no policy_horizon, policy_std, policy_penalty_kept, agent steps
     policy_step_error: NonNegative = 0.3  # nor while a model's step errs by more than this share of it; 0: whatever
-    smooth_std: NonNegative = 0.2  # spread of the noise on target actions, action units (discrete: probability)
+    smooth_std: NonNegative = 0.2  # spread of the noise on target actions, action units (discrete: smooth_share)
     smooth_clip: NonNegative = 0.3  # largest noise on target actions, action units
+    smooth_share: Share = 0.0  # part of discrete target actions that random ones replace, in [0, 1]
     seed_steps: Whole = 1000  # random actions before learning starts, agent steps
     explore_std: NonNegative = 0.4  # first spread of the exploration noise, action units (discrete: probability)
     explore_std_final: NonNegative = 0.15  # its last spread, action units
@@ -279,7 +280,8 @@ def _as_before(tree: object) -> object:
     planned = {"eval_samples": agent["plan_samples"]} if "plan_samples" in agent else {}
     value_alone = {"policy_horizon": 0, "policy_std": 0.0, "policy_penalty_kept": 1.0, "policy_step_error": 0.0}
     value_alone |= {"policy_switch_steps": 0}  # nor later: what a file names of it was at once
-    return tree | {"agent": {"priority": 0.0, "novelty_spread": 0.0} | value_alone | planned | agent}
+    always = {"priority": 0.0, "novelty_spread": 0.0, "smooth_share": agent.get("smooth_std", 0.2)}
+    return tree | {"agent": always | value_alone | planned | agent}
 
 
 def read_config(path: str | os.PathLike[str]) -> Config:

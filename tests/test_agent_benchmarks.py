@@ -309,9 +309,9 @@ def test_a_value_is_held_against_the_return_that_followed():
 @pytest.mark.parametrize("task", ["gym/Pendulum-v1", "gym/Acrobot-v1"])
 def test_episodes_with_the_targets_noise(task):
     words = [f"task={task}", "size=small", "agent.plan_samples=0", "agent.smooth_clip=0.1"]
-    dims = (3, 1, False) if "Pendulum" in task else (6, 3, True)
+    dims, noise = ((3, 1, False), "smooth_std") if "Pendulum" in task else ((6, 3, True), "smooth_share")
     plain, none, much = (
-        diagnose.play(make_agent(load_config([*words, f"agent.smooth_std={std}"]), *dims), task, 1, 2, noisy=noisy)
+        diagnose.play(make_agent(load_config([*words, f"agent.{noise}={std}"]), *dims), task, 1, 2, noisy=noisy)
         for std, noisy in ((0.5, False), (0.0, True), (0.5, True))
     )
     assert all(torch.equal(a, b) for a, b in zip(plain, none, strict=True))

@@ -1009,6 +1009,14 @@ def test_smoothing_noise_is_clipped(monkeypatch):
     assert offset.max() <= 0.1 + 1e-6 and (offset > 0.09).any()
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_discrete_target_actions_is_random(share):
+    agent = make(discrete=True, smooth_std=100.0, **{"smooth_share": share} if share else {})
+    best = agent.policy_target(torch.randn(1, 6).expand(4000, -1))[0].detach()
+    moved = (agent.smoothed(best, agent.generator) != best).any(-1).float().mean()
+    assert moved == pytest.approx(share * (A - 1) / A, abs=0.03 if share else 0.0)
+
+
 # ---- updates ------------------------------------------------------------------------------------------
 
 

@@ -167,6 +167,15 @@ def test_a_config_from_before_the_gradient_switched_has_it_at_once(tmp_path) -> 
     assert agent.policy_horizon == load_config([]).agent.policy_horizon > 0
 
 
+def test_a_config_from_before_discrete_actions_had_a_share_of_their_own_has_the_spread_for_it(tmp_path) -> None:
+    path = tmp_path / "config.yaml"
+    for spread in (0.1, 0.2):
+        save_config(load_config([f"agent.smooth_std={spread}"]), path)
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if "smooth_share" not in line))
+        assert read_config(path).agent.smooth_share == spread
+    assert load_config([]).agent.smooth_share == 0.0
+
+
 def test_a_dict_from_before_is_read_as_a_file_from_before_is() -> None:
     tree = to_dict(load_config(["agent.plan_samples=200", "agent.eval_samples=10"]))
     assert parse_config(tree) == load_config(["agent.plan_samples=200", "agent.eval_samples=10"])
