@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from agents import load_agent
 from envs import RenderingUnavailable, TaskError, make_vector_env
 from loopwm.config import ConfigError
@@ -17,7 +19,7 @@ from loopwm.training.interrupt import INTERRUPTED
 from loopwm.training.rollout import rollout
 from loopwm.training.video import VideoError, film_episode
 
-USER_ERRORS = (ConfigError, TaskError, CheckpointError, RenderingUnavailable, OSError)
+USER_ERRORS = (ConfigError, TaskError, CheckpointError, RenderingUnavailable, VideoError, OSError)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -32,7 +34,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--episodes", type=count, default=10)
     parser.add_argument("--loops", type=whole, help="in each prediction of a plan; 0: adaptive (default: the run's)")
     parser.add_argument("--samples", type=whole, help="action sequences in a plan; 0: the policy alone acts")
+    parser.add_argument("--frames", type=count, help="the checkpoint to take, env frames (default: the newest)")
     parser.add_argument("--seed", type=whole, default=2**34, help="of the episodes")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or auto (default: cpu)")
     parser.add_argument("--video", type=Path, metavar="FILE.mp4", help="film the first episode")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a line")
     parser.error = lambda message: parser.exit(2, f"evaluate.py: {message}\n")  # one line, without the usage
@@ -43,36 +47,27 @@ def main(arguments: list[str]) -> int:
     """Exit code: 0 evaluated, 2 something to correct, 130 interrupted."""
     args = parse(arguments)
     try:
-        agent, cfg, frames = load_agent(args.run_dir, plan_loops=args.loops, plan_samples=args.samples)
+        budget = {"plan_loops": args.loops, "plan_samples": args.samples}
+        agent, cfg, frames = load_agent(args.run_dir, **budget, device=args.device, frames=args.frames)
         if args.loops is not None and cfg.dynamics.name != "looped":
             raise ConfigError(f"--loops: dynamics={cfg.dynamics.name} has no loop whose depth could be chosen")
+        torch.set_num_threads(cfg.threads or torch.get_num_threads())
         make = functools.partial(make_vector_env, cfg.task.id, action_repeat=cfg.task.action_repeat)
         result = rollout(agent, make(min(args.episodes, 10)), args.episodes, seed=args.seed)
+        looping = cfg.dynamics.name == "looped" and min(cfg.agent.plan_samples, cfg.agent.eval_samples) > 0
+        summary = {"run_dir": str(args.run_dir), "task": cfg.task.id, "frames": frames, "eval_episodes": args.episodes}
+        summary |= {"eval_return_mean": float(result.returns.mean()), "eval_return_std": float(result.returns.std())}
+        summary |= {"eval_returns": result.returns.tolist(), "eval_length_mean": float(result.lengths.mean())}
+        summary["loops"] = cfg.agent.plan_loops or "adaptive" if looping else None
+        line = f"{summary['task']}  return {summary['eval_return_mean']:.2f} +- {summary['eval_return_std']:.2f}"
+        print(json.dumps(summary) if args.json else f"{line}  ({args.episodes} episodes, {frames:,} frames trained)")
+        if args.video:
+            film_episode(agent, functools.partial(make, 1, render=True), args.seed, args.video)
     except USER_ERRORS as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
-    looping = cfg.dynamics.name == "looped" and min(cfg.agent.plan_samples, cfg.agent.eval_samples) > 0
-    summary = {
-        "run_dir": str(args.run_dir),
-        "task": cfg.task.id,
-        "frames": frames,
-        "eval_episodes": args.episodes,
-        "eval_return_mean": float(result.returns.mean()),
-        "eval_return_std": float(result.returns.std()),
-        "eval_returns": result.returns.tolist(),
-        "eval_length_mean": float(result.lengths.mean()),
-        "loops": cfg.agent.plan_loops or "adaptive" if looping else None,
-    }
-    line = f"{summary['task']}  return {summary['eval_return_mean']:.2f} +- {summary['eval_return_std']:.2f}"
-    print(json.dumps(summary) if args.json else f"{line}  ({args.episodes} episodes, {frames:,} frames trained)")
-    if args.video:
-        try:
-            film_episode(agent, functools.partial(make, 1, render=True), args.seed, args.video)
-        except VideoError as error:
-            print(f"evaluate.py: {error}", file=sys.stderr)
-            return 2
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
+from agents.actor_critic import CellNet, ContinuousPolicy, DiscretePolicy, ValueEnsemble, two_layers
 from agents.novelty import Novelty
 from agents.planner import PlannerAgent
 from loopwm.build import make_world_model
@@ -32,9 +32,12 @@ def make_agent(cfg: Config, obs_dim: int, action_dim: int, discrete: bool, devic
     torch.manual_seed(cfg.seed)
     world_model = make_world_model(cfg, obs_dim, action_dim).to(device)
     z, c = world_model.encoder.width, cfg.agent
-    policy = (DiscretePolicy if discrete else ContinuousPolicy)(z, action_dim, c.policy_dim, c.activation).to(device)
+    side = world_model.encoder.side
+    net = partial(CellNet, side) if side else two_layers
+    policy = DiscretePolicy if discrete else ContinuousPolicy
+    policy = policy(z, action_dim, c.policy_dim, c.activation, net).to(device)
     width = z + action_dim + (world_model.dynamics.state_dim if c.value_loops else 0)
-    value = ValueEnsemble(width, c.value_dim, loss=c.value_loss, activation=c.activation).to(device)
+    value = ValueEnsemble(width, c.value_dim, loss=c.value_loss, activation=c.activation, net=net).to(device)
     seeks = c.novelty_spread and c.plan_collect and c.plan_samples
     novelty = Novelty(z, torch.Generator().manual_seed(cfg.seed)).to(device) if seeks else None
     parts = (world_model, policy, value)
@@ -57,20 +60,27 @@ def resolve_device(name: str) -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(str(error).splitlines()[0]) from None
+        raise ConfigError(f"device={name!r}: {str(error).splitlines()[0]}") from None
 
 
 def load_agent(
-    run_dir: str | Path, *, plan_loops: int | None = None, plan_samples: int | None = None, device: str = "cpu"
+    run_dir: str | Path,
+    *,
+    plan_loops: int | None = None,
+    plan_samples: int | None = None,
+    device: str = "cpu",
+    frames: int | None = None,
 ) -> tuple[Agent, Config, int]:
-    """The agent of a run's newest checkpoint, ready to act: (agent, config, env frames it was trained for).
+    """The agent of a run's checkpoint, ready to act: (agent, config, env frames it was trained for).
 
     Args:
         run_dir: what ``train.py`` wrote, or a file of ``agents.export``.
         plan_loops, plan_samples: replace the run's own planning budget, in evaluations too; see ``PlannerConfig``.
+        frames: of the checkpoint, env frames (``keep_checkpoints`` says how many there are); None: the newest.
 
     Raises:
-        CheckpointError: not a run directory nor an exported agent, or a broken one. ConfigError: a broken config.
+        CheckpointError: not a run directory nor an exported agent, or a broken one, or none of ``frames``.
+        ConfigError: a broken config.
     """
     from agents.export import SUFFIX, read_exported, restore_exported  # here, so that it can be run as a program too
 
@@ -78,10 +88,12 @@ def load_agent(
     restore: Callable[[Agent], None]
     if path.suffix == SUFFIX and not path.is_dir():
         tensors, said, cfg = read_exported(path)
+        if frames not in (None, said["frames"]):
+            raise CheckpointError(f"{path} holds no agent at frame {frames}, but at {said['frames']}")
         frames, dims = said["frames"], said["dims"]
         restore = partial(restore_exported, tensors=tensors, acted=said["acted"])
     else:
-        cfg, frames = read_run(path)
+        cfg, frames = read_run(path, frames)
         state = Checkpoints(path).load(frames, device=target)
         dims = state["dims"]
         restore = methodcaller("load_state_dict", state["agent"])

@@ -230,9 +230,10 @@ class Config(Section):
     eval_episodes: Count = 5  # episodes in one evaluation, count
     log_every: Count = 1000  # distance between log lines, env frames
     checkpoint_every: Count = 5000  # distance between checkpoints, env frames
+    keep_checkpoints: Count = 2  # newest checkpoints that are kept, count
     video_every: Whole = 0  # distance between evaluation videos, env frames; 0: one at the end only
     device: Device = "cpu"  # cpu, cuda, cuda:N, or auto: cuda where there is one; a CPU is faster for sizes up to base
-    threads: Threads = 0  # torch's threads inside one operation, count; 0: leave torch's own choice
+    threads: Threads = 1  # torch's threads inside one operation, count; 0: torch's own choice, for size=large
 
     def check(self) -> None:
         """An earlier loop exists where it is trained; grids have a block for grids."""

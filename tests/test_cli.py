@@ -329,6 +329,16 @@ def test_loops_and_samples(finished, capsys):
     assert json.loads(capsys.readouterr().out)["loops"] is None  # nothing is predicted
 
 
+def test_an_earlier_checkpoint(finished, capsys):
+    def frames(*words):
+        assert evaluate.main([str(finished), "--episodes", "1", "--json", *words]) == 0
+        return json.loads(capsys.readouterr().out)["frames"]
+
+    assert frames() == frames("--frames", "60", "--device", "cpu") == 60
+    assert frames("--frames", "30") == 30
+    assert "no checkpoint at frame 40, but at 30, 60" in evaluation_error(capsys, finished, "--frames", "40")
+
+
 def test_a_control_has_no_loops_to_choose(tmp_path, capsys):
     assert run(tmp_path, *SHORT, "dynamics=stacked") == 0
     capsys.readouterr()
@@ -353,6 +363,7 @@ def test_evaluation_while_training(finished):
     [
         *(["--episodes", "0"], ["--episodes", "-1"], ["--episodes", "x"], ["--loops", "-1"], ["--loops", "²"]),
         *(["--samples", "-1"], ["--seed", "-1"], ["--unknown"], ["--video"]),
+        *(["--frames", "0"], ["--frames", "31"], ["--device", "tpu"], ["--device", "cuda:99"]),
     ],
 )
 def test_a_wrong_argument_is_one_line(words, finished, capsys):

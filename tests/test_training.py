@@ -390,12 +390,14 @@ def assert_rows(replay: Replay, total: int) -> None:
     np.testing.assert_array_equal(held, np.arange(total - len(replay), total)[:, None] + np.zeros(replay.num_envs))
 
 
-def test_the_last_two_are_kept(tmp_path):
-    keeper, replay = Checkpoints(tmp_path), Replay(60, 2, 3, 2)
+@pytest.mark.parametrize("keep", [1, 2, 5])
+def test_the_last_ones_are_kept(keep, tmp_path):
+    keeper, replay = Checkpoints(tmp_path, keep), Replay(60, 2, 3, 2)
     for step in range(1, 12):
         keeper.save(step * 10, {"step": step}, grown(replay, 7 * step))
-        assert keeper.frames() == [10 * s for s in (step - 1, step) if s]
-        for frames in keeper.frames():  # the older one can be gone back to at any time
+        assert keeper.frames() == [10 * s for s in range(max(1, step - keep + 1), step + 1)]
+        assert all(keeper.load(frames)["step"] == frames // 10 for frames in keeper.frames())
+        for frames in keeper.frames()[-2:]:  # the last but one can be gone back to at any time
             fresh = Replay(60, 2, 3, 2)
             one = Checkpoints(tmp_path)
             assert one._read(frames, "cpu", fresh)["step"] == frames // 10

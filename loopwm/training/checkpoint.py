@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, the last two kept, loaded without running anyone's code.
+"""Checkpoints: written whole or not at all, the last ones kept, loaded without running anyone's code.
 
 checkpoints/
   00005000/state.pt      everything but the rows of the replay; its name is the env frame
@@ -22,7 +22,7 @@ import torch
 from loopwm.training.lock import lock_folder
 from loopwm.training.replay import Replay
 
-KEEP = 2
+KEEP = 2  # unless told otherwise; the last but one is for a disk that tears the last
 
 
 class CheckpointError(RuntimeError):
@@ -42,10 +42,10 @@ def lock_run(run_dir: Path) -> IO[str]:
 
 
 class Checkpoints:
-    """The checkpoints of one run directory."""
+    """The checkpoints of one run directory, of which ``save`` leaves the newest ``keep``."""
 
-    def __init__(self, run_dir: Path):
-        self.folder = run_dir / "checkpoints"
+    def __init__(self, run_dir: Path, keep: int = KEEP):
+        self.folder, self.keep = run_dir / "checkpoints", keep
         self._replay = self.folder / "replay"
         self._unreadable: list[int] = []  # frames of those that load_newest passed over
         self._rows = 0  # rows of a stream that the chunks on disk hold, of the run as this process goes on with it
@@ -102,8 +102,8 @@ class Checkpoints:
         self._rows = replay.total
 
     def _drop_old(self, frames: int, oldest: int) -> None:
-        """Keep this checkpoint and those before it, ``KEEP`` in all, and the rows from ``oldest`` on."""
-        keep = [f for f in self.frames() if f <= frames and (f == frames or f not in self._unreadable)][-KEEP:]
+        """Leave this checkpoint and those before it, ``keep`` in all, and the rows from ``oldest`` on."""
+        keep = [f for f in self.frames() if f <= frames and (f == frames or f not in self._unreadable)][-self.keep :]
         for old in set(self.frames()) - set(keep):
             shutil.rmtree(self.folder / f"{old:08d}")
         for begin, stop in self._chunks():

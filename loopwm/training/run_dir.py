@@ -21,7 +21,7 @@ PACKAGES = ("torch", "numpy", "gymnasium", "dm-control", "mujoco")  # whose vers
 
 # What a resumed run may change: where and how long it runs, and what it shows. Else it would be another run.
 FREE_ON_RESUME = {
-    "frames", "run_dir", "resume", "eval_every", "eval_episodes", "log_every", "checkpoint_every",
+    "frames", "run_dir", "resume", "eval_every", "eval_episodes", "log_every", "checkpoint_every", "keep_checkpoints",
     "video_every", "device", "threads", "workers", "replay.path", "agent.eval_samples",
 }  # fmt: skip
 
@@ -103,18 +103,20 @@ def changed_settings(old: Config, new: Config) -> list[str]:
     ]
 
 
-def read_run(run_dir: Path) -> tuple[Config, int]:
-    """Config and newest checkpoint (env frames) of a run.
+def read_run(run_dir: Path, frames: int | None = None) -> tuple[Config, int]:
+    """Config and checkpoint (env frames) of a run: the one at ``frames``, or the newest.
 
     Raises:
-        CheckpointError: not a run directory, or no complete checkpoint in it.
+        CheckpointError: not a run directory, or no complete checkpoint in it, or none at ``frames``.
     """
     if not (run_dir / "config.yaml").exists():
         raise CheckpointError(f"{run_dir} is not a run directory: it has no config.yaml")
-    frames = Checkpoints(run_dir).frames()
-    if not frames:
+    saved = Checkpoints(run_dir).frames()
+    if not saved:
         raise CheckpointError(f"{run_dir} holds no complete checkpoint yet")
-    return read_config(run_dir / "config.yaml"), frames[-1]
+    if frames is not None and frames not in saved:
+        raise CheckpointError(f"{run_dir} holds no checkpoint at frame {frames}, but at {', '.join(map(str, saved))}")
+    return read_config(run_dir / "config.yaml"), saved[-1] if frames is None else frames
 
 
 def versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from loopwm.training.checkpoint import CheckpointError, Checkpoints
+from loopwm.training.checkpoint import KEEP, CheckpointError, Checkpoints
 from loopwm.training.interrupt import Interrupt
 from loopwm.training.logger import Logger
 from loopwm.training.progress import Progress
@@ -33,15 +33,16 @@ class Diverged(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Distances in env frames."""
+    """Distances in env frames, but for the counts."""
 
     frames: int  # length of the run
     eval_every: int
-    eval_episodes: int
+    eval_episodes: int  # count
     log_every: int
     checkpoint_every: int
     video_every: int  # 0: one at the end
     action_repeat: int  # env frames in one agent step
+    keep_checkpoints: int = KEEP  # the newest so many, count
 
 
 class Trainer:
@@ -73,7 +74,7 @@ class Trainer:
         self.run_dir, self.schedule, self.seed = run_dir, schedule, seed
         self.save_env, self.restore_env, self.summary = save_env, restore_env, summary
         self.make_video_env: Callable[[], Any] | None = make_video_env
-        self.checkpoints = Checkpoints(run_dir)
+        self.checkpoints = Checkpoints(run_dir, schedule.keep_checkpoints)
         self.logger: Logger | None = None
         self.frames, self.agent_steps, self.seconds = 0, 0, 0.0
         envs = venv.num_envs
