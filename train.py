@@ -7,6 +7,7 @@ in loopwm/config.py.
 
 import functools
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -34,22 +35,14 @@ def build(cfg: Config, run_dir: Path) -> Trainer:
     make = functools.partial(envs.make_vector_env, task, action_repeat=repeat)
     venv = make(cfg.num_envs, seed=cfg.seed, workers=cfg.workers)
     obs_dim, action_dim, discrete = envs.space_dims(venv)
-    schedule = (
-        "frames",
-        "eval_every",
-        "eval_episodes",
-        "log_every",
-        "checkpoint_every",
-        "video_every",
-        "keep_checkpoints",
-    )
+    schedule = {f.name: getattr(cfg, f.name) for f in fields(Schedule) if f.name != "action_repeat"}
     return Trainer(
         make_agent(cfg, obs_dim, action_dim, discrete, device),
         venv,
         make(min(cfg.eval_episodes, 10)),
         Replay(cfg.replay.capacity, cfg.num_envs, obs_dim, action_dim, seed=cfg.seed, path=cfg.replay.path),
         run_dir,
-        Schedule(**{name: getattr(cfg, name) for name in schedule}, action_repeat=repeat),
+        Schedule(**schedule, action_repeat=repeat),
         seed=cfg.seed,
         save_env=envs.vector_env_state,
         restore_env=envs.restore_vector_env,

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.memory import peak_bytes
-from loopwm.dynamics import DYNAMICS
-from loopwm.model.encoders import LatentNorm
+from loopwm.dynamics import DYNAMICS, LatentNorm
 
 ACTION, HORIZON = 6, 3  # the default agent's on walker-walk
 MEAN, MOST = 4, 16  # loops of the default agent's predictions, and what adaptive depth may take

@@ -9,11 +9,11 @@ from torch import nn
 
 from loopwm.build import make_world_model
 from loopwm.config import load_config
-from loopwm.dynamics import DYNAMICS, DynamicsOutput
+from loopwm.dynamics import DYNAMICS, DynamicsOutput, LatentNorm
 from loopwm.dynamics.flat import to_grid
 from loopwm.model import ENCODERS, MLPEncoder, Rollout, WorldModel
 from loopwm.model.decoders import LinearDecoder
-from loopwm.model.encoders import GridEncoder, LatentNorm, latent_spread, mlp, step_error, symlog
+from loopwm.model.encoders import GridEncoder, latent_spread, mlp, step_error, symlog
 from loopwm.model.heads import ContinuationHead, RewardHead, TwoHot, symexp
 from loopwm.model.losses import masked_mean, weighted_sum, world_model_losses
 

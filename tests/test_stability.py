@@ -22,9 +22,8 @@ from benchmarks.loop_probes import (
     state_radius,
 )
 from benchmarks.walker_models import hostile, make_model, random_transitions, real_latents, train_model
-from loopwm.dynamics import MODES, LoopedDynamics
+from loopwm.dynamics import MODES, LatentNorm, LoopedDynamics
 from loopwm.dynamics.cell import CERTIFIED
-from loopwm.model.encoders import LatentNorm
 
 TINY = stability.Effort(60, 10, 10, 10, 4, 20, 2, 50)
 

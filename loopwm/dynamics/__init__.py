@@ -14,7 +14,7 @@ from __future__ import annotations
 from torch import nn
 
 from loopwm.dynamics.architecture import BLOCKS, Architecture
-from loopwm.dynamics.base import Dynamics, DynamicsOutput
+from loopwm.dynamics.base import Dynamics, DynamicsOutput, LatentNorm
 from loopwm.dynamics.cell import MODES, Cell
 from loopwm.dynamics.controls import DeepThinDynamics, SinglePassDynamics, StackedDynamics, WideDynamics
 from loopwm.dynamics.depth import DEPTH_SAMPLERS, DepthSchedule, sample_depths
@@ -65,6 +65,7 @@ __all__ = [
     "HaltingRule",
     "HaltingRun",
     "ImplicitGradient",
+    "LatentNorm",
     "LoopedDynamics",
     "PatientHalting",
     "PlainSolver",

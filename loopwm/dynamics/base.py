@@ -14,6 +14,23 @@ from loopwm.dynamics.depth import earlier_loops
 Depth = "int | Tensor | DepthSchedule | None"
 
 
+class LatentNorm(nn.Module):
+    """Layer normalisation without parameters: each latent has mean 0 and variance 1 over its Z entries.
+
+    Raises:
+        ValueError: latent_dim < 2, where the norm would erase everything.
+    """
+
+    def __init__(self, latent_dim: int):
+        super().__init__()
+        if latent_dim < 2:
+            raise ValueError(f"latent_dim must be at least 2, got {latent_dim}")
+        self.shape = (latent_dim,)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return nn.functional.layer_norm(z, self.shape)
+
+
 class DynamicsOutput:
     """One prediction for a batch.
 

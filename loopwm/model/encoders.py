@@ -7,24 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from loopwm.dynamics.base import LatentNorm
 from loopwm.dynamics.conv import channels_first, channels_last
-
-
-class LatentNorm(nn.Module):
-    """Layer normalisation without parameters: each latent has mean 0 and variance 1 over its Z entries.
-
-    Raises:
-        ValueError: latent_dim < 2, where the norm would erase everything.
-    """
-
-    def __init__(self, latent_dim: int):
-        super().__init__()
-        if latent_dim < 2:
-            raise ValueError(f"latent_dim must be at least 2, got {latent_dim}")
-        self.shape = (latent_dim,)
-
-    def forward(self, z: Tensor) -> Tensor:
-        return nn.functional.layer_norm(z, self.shape)
 
 
 def latent_spread(z: Tensor) -> dict[str, float]:
