@@ -1,6 +1,9 @@
 """Any registered Gymnasium environment."""
 
+import json
 import os
+from typing import Any
+from urllib.parse import parse_qsl
 
 import gymnasium
 from gymnasium.error import DependencyNotInstalled
@@ -13,16 +16,17 @@ def load(name: str, task: str, render: bool) -> gymnasium.Env:
     """Make the env registered as `name` ("module:id" imports the module first).
 
     Args:
-        name: a Gymnasium id.
+        name: a Gymnasium id, and what its environment is told: "id?size=12&hidden=true", values as in JSON or else text.
         task: the full name, for error messages.
         render: frames are wanted.
 
     Raises:
-        TaskError: no such id, or it needs a package which is not installed.
+        TaskError: no such id, or it needs a package which is not installed, or it cannot be told that.
         RenderingUnavailable: MUJOCO_GL asks for a backend which this machine does not have.
     """
     if render:
         prefer_egl()
+    name, told = _told(name, task)
     module, colon, _ = name.partition(":")
     if colon and (name.count(":") > 1 or not all(part.isidentifier() for part in module.split("."))):
         raise TaskError(f"task '{task}': one that a module registers is written gym/<module>:<id>")
@@ -30,7 +34,11 @@ def load(name: str, task: str, render: bool) -> gymnasium.Env:
         # No checker: it costs time at every step, and the tests run gymnasium's full one.
         # No render_mode unless one is asked for: an environment that draws nothing need not take it.
         mode = {"render_mode": "rgb_array"} if render else {}
-        return gymnasium.make(name, disable_env_checker=True, **mode)
+        return gymnasium.make(name, disable_env_checker=True, **mode, **told)
+    except (TypeError, ValueError) as error:
+        if not told:
+            raise
+        raise TaskError(f"task '{task}': {_first_line(error)}") from error
     except (DependencyNotInstalled, ImportError, AttributeError, RuntimeError) as error:
         if os.environ.get("MUJOCO_GL"):
             check_backend(task)
@@ -38,12 +46,36 @@ def load(name: str, task: str, render: bool) -> gymnasium.Env:
             raise
         raise TaskError(f"task '{task}' needs a package: {_first_line(error)}") from error
     except gymnasium.error.UnregisteredEnv as error:
-        near = suggestion(task, (f"gym/{other}" for other in gymnasium.registry))
+        near = suggestion(f"gym/{name}", (f"gym/{other}" for other in gymnasium.registry))
         package = isinstance(error, gymnasium.error.NamespaceNotFound)  # one that is missing, or mistyped
         hint = " ".join(part for part in (near, "" if near and not package else _first_line(error)) if part)
         raise TaskError(f"unknown task '{task}'; {hint}") from error
     except gymnasium.error.Error as error:
         raise TaskError(f"task '{task}': {_first_line(error)}") from error
+
+
+def _told(name: str, task: str) -> tuple[str, dict[str, Any]]:
+    """The id alone, and the keyword arguments behind its question mark."""
+    name, mark, query = name.partition("?")
+    if not mark:
+        return name, {}
+    try:
+        told = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True))
+    except ValueError:
+        told = {}
+    if not told:
+        raise TaskError(f"task '{task}': what an environment is told is written ?name=value&name=value")
+    taken = sorted({"render_mode", "disable_env_checker", "vectorization_mode", "id"} & told.keys())
+    if taken:
+        raise TaskError(f"task '{task}': {taken[0]} is not for a task to choose")
+    return name, {key: _value(text) for key, text in told.items()}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _first_line(error: BaseException) -> str:

@@ -59,7 +59,7 @@ class TaskConfig(Section):
 
     SECTION: ClassVar[str] = "task"
     suite: Suite  # where the task comes from: DeepMind Control or Gymnasium
-    id: str  # full name with its suite: dmc/<domain>-<task> or gym/<registered Gymnasium id>
+    id: str  # full name with its suite: dmc/<domain>-<task> or gym/<Gymnasium id>[?argument=value&...]
     action_repeat: Whole = 0  # env frames for one agent step; 0: the suite's own default
 
     def check(self) -> None:

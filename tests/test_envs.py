@@ -252,6 +252,17 @@ def test_observations_are_not_overwritten_by_the_next_step():
 # ---------------------------------------------------------------- seeding
 
 
+def test_an_environment_is_told_what_stands_behind_the_question_mark():
+    assert make_env("gym/loopwm/Sandpile-v0?size=5").observation_space.shape == (25,)
+    env = make_env("gym/Pendulum-v1?g=0.5&max_episode_steps=3")
+    assert env.unwrapped.g == 0.5
+    env.reset(seed=0)
+    assert [env.step(np.zeros(1, np.float32))[3] for _ in range(3)] == [False, False, True]
+    told = make_env("gym/Hopper-v5?terminate_when_unhealthy=false&healthy_z_range=[0.5,9]").unwrapped
+    assert told._terminate_when_unhealthy is False and told._healthy_z_range == [0.5, 9]
+    assert make_vector_env("gym/loopwm/Sandpile-v0?size=4", 2).single_action_space.n == 16
+
+
 @pytest.mark.parametrize("task", ["dmc/cartpole-swingup", "gym/Hopper-v5"])
 def test_an_episode_is_a_function_of_seed_index_and_number(task):
     def episodes(**kwargs):
@@ -397,6 +408,13 @@ WRONG = {
     "gym/Hoper-v5": "unknown task 'gym/Hoper-v5'; did you mean 'gym/Hopper-v5'?",
     "gym/CartPole-v7": "did you mean 'gym/CartPole-v",
     "gym/a:b:c": "is written gym/<module>:<id>",
+    "gym/CartPole-v1?": "is written ?name=value",
+    "gym/CartPole-v1?size": "is written ?name=value",
+    "gym/CartPole-v1?size=3": "unexpected keyword argument 'size'",
+    "gym/CartPole-v1?render_mode=human": "render_mode is not for a task to choose",
+    "gym/loopwm/Sandpile-v0?size=-3": "size",
+    "gym/CartPole-v7?size=3": "did you mean 'gym/CartPole-v",
+    "dmc/cartpole-swingup?x=1": "dmc/cartpole-swingup'",
     "gym/:CartPole-v1": "is written gym/<module>:<id>",
     "gym/.x:y": "is written gym/<module>:<id>",
     "gym/no_such_module:Foo-v0": "needs a package: No module named 'no_such_module'",

@@ -6,6 +6,7 @@ import contextlib
 import glob
 import itertools
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def last_words(result: dict[str, Any], run_dir: Path, arguments: list[str]) -> s
 
 
 def _slug(cfg: Config) -> str:
-    return f"{cfg.task.id.replace('/', '-')}-{cfg.dynamics.name}-s{cfg.seed}-"
+    return f"{re.sub('[/?&]', '-', cfg.task.id)}-{cfg.dynamics.name}-s{cfg.seed}-"
 
 
 def _new_run(cfg: Config) -> Path:
