@@ -16,7 +16,7 @@ def load(name: str, task: str, render: bool) -> gymnasium.Env:
     """Make the env registered as `name` ("module:id" imports the module first).
 
     Args:
-        name: a Gymnasium id, and what its environment is told: "id?size=12&hidden=true", values as in JSON or else text.
+        name: a Gymnasium id, and what its environment is told: "id?size=12&hidden=true", values as in JSON, or text.
         task: the full name, for error messages.
         render: frames are wanted.
 
