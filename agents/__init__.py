@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from agents.actor_critic import CellNet, ContinuousPolicy, DiscretePolicy, ValueEnsemble, two_layers
+from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
 from agents.novelty import Novelty
 from agents.planner import PlannerAgent
 from loopwm.build import make_world_model
@@ -32,12 +32,9 @@ def make_agent(cfg: Config, obs_dim: int, action_dim: int, discrete: bool, devic
     torch.manual_seed(cfg.seed)
     world_model = make_world_model(cfg, obs_dim, action_dim).to(device)
     z, c = world_model.encoder.width, cfg.agent
-    side = world_model.encoder.side
-    net = partial(CellNet, side) if side else two_layers
-    policy = DiscretePolicy if discrete else ContinuousPolicy
-    policy = policy(z, action_dim, c.policy_dim, c.activation, net).to(device)
+    policy = (DiscretePolicy if discrete else ContinuousPolicy)(z, action_dim, c.policy_dim, c.activation).to(device)
     width = z + action_dim + (world_model.dynamics.state_dim if c.value_loops else 0)
-    value = ValueEnsemble(width, c.value_dim, loss=c.value_loss, activation=c.activation, net=net).to(device)
+    value = ValueEnsemble(width, c.value_dim, loss=c.value_loss, activation=c.activation).to(device)
     seeks = c.novelty_spread and c.plan_collect and c.plan_samples
     novelty = Novelty(z, torch.Generator().manual_seed(cfg.seed)).to(device) if seeks else None
     parts = (world_model, policy, value)

@@ -2,52 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from loopwm.dynamics.flat import has_an_entry_a_cell, to_grid
-from loopwm.model.encoders import ACTIVATIONS, mlp
-from loopwm.model.heads import ScaledHuber, TwoHot, mean_pool
-
-Net = Callable[[int, int, int, str], nn.Module]  # (numbers read, hidden width, numbers given, activation) -> a network
-
-
-def two_layers(width_in: int, hidden_dim: int, width_out: int, activation: str = "relu") -> nn.Module:
-    """(..., width_in) -> (..., width_out): an MLP of two hidden layers, for latents that are vectors."""
-    return mlp(width_in, hidden_dim, 2, width_out, activation)
-
-
-class CellNet(nn.Module):
-    """(..., C S S + E) -> (..., out): three convolutions of 3 x 3 cells, for latents that are grids.
-
-    Of the numbers read, C channels of S rows of S cells come first, the E others are every cell's. ``hidden_dim`` is
-    the channels of a layer. Of S S numbers given there is one for each cell, others are read off the mean of all cells.
-    """
-
-    def __init__(self, side: int, width_in: int, hidden_dim: int, width_out: int, activation: str = "relu"):
-        super().__init__()
-        self.side, cells = side, side * side
-        self.channels = width_in // cells  # C
-        layers: list[nn.Module] = []
-        for width in (self.channels + width_in % cells, hidden_dim, hidden_dim):
-            layers += [nn.Conv2d(width, hidden_dim, 3, padding=1), ACTIVATIONS[activation]()]
-        self.layers, self.per_cell = nn.Sequential(*layers), has_an_entry_a_cell(width_out, side)
-        self.last = nn.Linear(hidden_dim, 1 if self.per_cell else width_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        split = self.channels * self.side**2
-        rest = x[..., split:, None, None].expand(*x.shape[:-1], -1, self.side, self.side)
-        grid = torch.cat([to_grid(x[..., :split], self.side), rest], -3)
-        h = self.layers(grid.reshape(-1, *grid.shape[-3:]))
-        h = h.view(*x.shape[:-1], *h.shape[1:])  # (..., hidden_dim, S, S)
-        return self.last(h.movedim(-3, -1)).flatten(-3) if self.per_cell else self.last(mean_pool(h))
-
-
-def last_layer(net: nn.Module) -> nn.Linear:
-    """The linear layer of ``net`` that its output comes from."""
-    return [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
+from loopwm.model.encoders import mlp
+from loopwm.model.heads import ScaledHuber, TwoHot
 
 
 class ContinuousPolicy(nn.Module):
@@ -55,13 +14,11 @@ class ContinuousPolicy(nn.Module):
 
     discrete = False
 
-    def __init__(
-        self, latent_dim: int, action_dim: int, hidden_dim: int, activation: str = "relu", net: Net = two_layers
-    ):
+    def __init__(self, latent_dim: int, action_dim: int, hidden_dim: int, activation: str = "relu"):
         super().__init__()
-        self.layers = net(latent_dim, hidden_dim, action_dim, activation)
+        self.layers = mlp(latent_dim, hidden_dim, 2, action_dim, activation)
         with torch.no_grad():
-            last_layer(self.layers).weight.mul_(0.1)
+            self.layers[-1].weight.mul_(0.1)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(action (..., A), pre-activation (..., A))."""
@@ -80,16 +37,10 @@ class DiscretePolicy(nn.Module):
     discrete = True
 
     def __init__(
-        self,
-        latent_dim: int,
-        action_dim: int,
-        hidden_dim: int,
-        activation: str = "relu",
-        net: Net = two_layers,
-        temperature: float = 1.0,
+        self, latent_dim: int, action_dim: int, hidden_dim: int, activation: str = "relu", temperature: float = 1.0
     ):
         super().__init__()
-        self.layers = net(latent_dim, hidden_dim, action_dim, activation)
+        self.layers = mlp(latent_dim, hidden_dim, 2, action_dim, activation)
         self.temperature = temperature
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,21 +67,13 @@ class ValueEnsemble(nn.Module):
             2310.16828).
     """
 
-    def __init__(
-        self,
-        width: int,
-        hidden_dim: int,
-        members: int = 2,
-        loss: str = "two_hot",
-        activation: str = "relu",
-        net: Net = two_layers,
-    ):
+    def __init__(self, width: int, hidden_dim: int, members: int = 2, loss: str = "two_hot", activation: str = "relu"):
         super().__init__()
         self.code = ScaledHuber() if loss == "huber" else TwoHot(63, -10.0, 10.0)
-        self.members = nn.ModuleList(net(width, hidden_dim, self.code.bins, activation) for _ in range(members))
-        for layer in map(last_layer, self.members):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.members = nn.ModuleList(mlp(width, hidden_dim, 2, self.code.bins, activation) for _ in range(members))
+        for member in self.members:
+            nn.init.zeros_(member[-1].weight)
+            nn.init.zeros_(member[-1].bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs (..., width) -> (E, ..., bins), what ``code`` decodes."""
@@ -155,7 +98,7 @@ class ValueEnsemble(nn.Module):
         change (as in Pop-Art, 1602.07714), so that no target jumps.
         """
         if self.unit is not None:
-            for layer in map(last_layer, self.members):
-                layer.weight.mul_(self.unit / scale)
-                layer.bias.mul_(self.unit / scale)
+            for member in self.members:
+                member[-1].weight.mul_(self.unit / scale)
+                member[-1].bias.mul_(self.unit / scale)
             self.unit.fill_(scale)

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import math
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from agents import make_agent
-from agents.actor_critic import CellNet, ContinuousPolicy, DiscretePolicy, ValueEnsemble, last_layer
+from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
 from agents.mppi import PlanBudget, exhaustive, mppi
 from agents.novelty import Novelty
 from agents.optim import EMATarget, FlatAdam, flatten_parameters
@@ -374,38 +373,6 @@ def test_discrete_policy():
     swapped = policy.perturb(kept, 0.3, 1.0, stream)
     assert (swapped.sum(-1) == 1).all()
     assert float(swapped[:, 0].mean()) == pytest.approx(1 - 0.3 * (A - 1) / A, abs=0.01)
-
-
-@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
-def test_networks_for_grids_read_every_cell_by_its_neighbourhood(lead):
-    """What is far from the edges moves, and its outputs with it; the mean stays; the last numbers are every cell's."""
-    torch.manual_seed(0)
-    side, channels, extra = 17, 2, 3
-    grid, whole = torch.zeros(*lead, channels, side, side), torch.randn(*lead, extra)
-    grid[..., 7:9, 7:9] = torch.randn(*lead, channels, 2, 2)
-    one, other = (torch.cat([x.flatten(-3), whole], -1) for x in (grid, grid.roll((1, -1), (-2, -1))))
-    per_cell, pooled = (CellNet(side, channels * side**2 + extra, 8, out) for out in (side**2, 5))
-    before, after = (per_cell(x).view(*lead, side, side) for x in (one, other))
-    inner = (..., slice(4, -4), slice(4, -4))
-    torch.testing.assert_close(after[inner], before.roll((1, -1), (-2, -1))[inner])
-    assert (before[..., 8, 8] - before[..., 3, 3]).abs().min() > 1e-4
-    assert pooled(one).shape == (*lead, 5)
-    torch.testing.assert_close(pooled(one), pooled(other))
-    told_otherwise = one.clone()
-    told_otherwise[..., -1] += 1.0
-    assert (pooled(told_otherwise) - pooled(one)).abs().amax(-1).min() > 1e-5
-
-
-def test_values_and_policies_of_grids_begin_as_those_of_vectors_do():
-    torch.manual_seed(0)
-    net = functools.partial(CellNet, 4)
-    value, x = ValueEnsemble(3 * 16, 8, net=net), torch.randn(6, 3 * 16)
-    assert not any(last_layer(member).weight.any() for member in value.members)
-    assert value(x).shape == (2, 6, 63)
-    action, logits = DiscretePolicy(2 * 16, 16, 8, net=net)(x[:, : 2 * 16])
-    torch.testing.assert_close(action, nn.functional.one_hot(logits.argmax(-1), 16).float())
-    action, raw = ContinuousPolicy(2 * 16, A, 8, net=net)(x[:, : 2 * 16])
-    assert action.shape == raw.shape == (6, A) and raw.abs().max() < 0.5
 
 
 @pytest.mark.parametrize(("loss", "bins"), [("huber", 1), ("two_hot", 63)])
