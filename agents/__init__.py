@@ -34,7 +34,8 @@ def make_agent(cfg: Config, obs_dim: int, action_dim: int, discrete: bool, devic
     z, c = world_model.encoder.width, cfg.agent
     policy = (DiscretePolicy if discrete else ContinuousPolicy)(z, action_dim, c.policy_dim, c.activation).to(device)
     width = z + action_dim + (world_model.dynamics.state_dim if c.value_loops else 0)
-    value = ValueEnsemble(width, c.value_dim, loss=c.value_loss, activation=c.activation).to(device)
+    loss = c.value_loss if c.value_loss != "auto" else "huber" if discrete else "two_hot"
+    value = ValueEnsemble(width, c.value_dim, loss=loss, activation=c.activation).to(device)
     seeks = c.novelty_spread and c.plan_collect and c.plan_samples
     novelty = Novelty(z, torch.Generator().manual_seed(cfg.seed)).to(device) if seeks else None
     parts = (world_model, policy, value)

@@ -45,6 +45,7 @@ LayerOrder = Annotated[str, OneOf(("abab", "aabb"))]
 Injection = Annotated[str, OneOf(("zoh", "euler", "additive"))]
 # not `gate`, which the agents train none of, nor `random`, a control with a random stream that no run would save
 Halting = Annotated[str, OneOf(("residual", "fixed", "second_difference", "certified", "prediction"))]
+ValueLoss = Annotated[str, OneOf(("auto", "huber", "two_hot"))]
 Solver = Annotated[str, OneOf(("plain", "anderson"))]
 Gradient = Annotated[str, OneOf(("unrolled", "implicit"))]
 Device = Annotated[str, Matches(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")]
@@ -147,7 +148,7 @@ class PlannerConfig(Section):
     batch_size: Count = 128  # B, subsequences in one update of value and policy, count
     model_batch_size: Count = 64  # how many train the world model, and the policy by policy_horizon, count
     model_every: Count = 1  # updates of value and policy for one of the world model, count
-    value_loss: Annotated[str, OneOf(("huber", "two_hot"))] = "two_hot"  # a value is a number, or a distribution
+    value_loss: ValueLoss = "auto"  # huber: a number; two_hot: a distribution; auto: huber for discrete actions alone
     value_loops: Whole = 0  # the value also reads the slow model's state after so many loops, loops; 0: it does not
     policy_every: Count = 2  # updates of the value for one of the policy (TD3's delay), count
     update_ratio: Positive = 1.0  # gradient updates for one agent step, count
