@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from functools import partial
 from operator import methodcaller
@@ -14,7 +15,7 @@ from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
 from agents.novelty import Novelty
 from agents.planner import PlannerAgent
 from loopwm.build import make_world_model
-from loopwm.config import Config, ConfigError
+from loopwm.config import DEVICES, Config, ConfigError
 from loopwm.training.checkpoint import CheckpointError, Checkpoints
 from loopwm.training.protocols import Agent
 from loopwm.training.run_dir import read_run
@@ -48,6 +49,8 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         ConfigError: the name of no kind of device, or a cuda device that is not there.
     """
+    if not re.fullmatch(DEVICES, name):
+        raise ConfigError(f"device={name!r}: must be auto, cpu, cuda or cuda:N")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -55,10 +58,7 @@ def resolve_device(name: str) -> torch.device:
     if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
         last = torch.cuda.device_count() - 1
         raise ConfigError(f"device={name!r}: torch sees no such device here; the last is cuda:{last}")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device={name!r}: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
 
 
 def load_agent(
@@ -74,11 +74,12 @@ def load_agent(
     Args:
         run_dir: what ``train.py`` wrote, or a file of ``agents.export``.
         plan_loops, plan_samples: replace the run's own planning budget, in evaluations too; see ``PlannerConfig``.
+        device: as in ``resolve_device``.
         frames: of the checkpoint, env frames (``keep_checkpoints`` says how many there are); None: the newest.
 
     Raises:
         CheckpointError: not a run directory nor an exported agent, or a broken one, or none of ``frames``.
-        ConfigError: a broken config.
+        ConfigError: a broken config, or no such device.
     """
     from agents.export import SUFFIX, read_exported, restore_exported  # here, so that it can be run as a program too
 
@@ -92,7 +93,7 @@ def load_agent(
         restore = partial(restore_exported, tensors=tensors, acted=said["acted"])
     else:
         cfg, frames = read_run(path, frames)
-        state = Checkpoints(path).load(frames, device=target)
+        state = Checkpoints(path).load(frames)  # here, and copied to where the agent is: as training goes on
         dims = state["dims"]
         restore = methodcaller("load_state_dict", state["agent"])
     changes = {"plan_loops": plan_loops, "plan_samples": plan_samples, "eval_samples": plan_samples}

@@ -118,11 +118,12 @@ def film(run_dir: Path, out: Path) -> Path:
     """Four stills of one evaluation episode of a run's newest agent, as PNG."""
     from agents import load_agent
     from envs import make_vector_env
+    from loopwm.training.run_dir import file_name
     from loopwm.training.video import film_strip, record_episode
 
     agent, cfg, _ = load_agent(run_dir)
     images = record_episode(agent, make_vector_env(cfg.task.id, 1, render=True), seed=2**34)
-    path = out / f"{cfg.task.id.split('/', 1)[1]}-stills.png"
+    path = out / f"{file_name(cfg.task.id.split('/', 1)[1])}-stills.png"
     out.mkdir(parents=True, exist_ok=True)
     plt.imsave(path, film_strip(images, 4)[::2, ::2])
     return path

@@ -35,14 +35,12 @@ def load(name: str, task: str, render: bool) -> gymnasium.Env:
         # No render_mode unless one is asked for: an environment that draws nothing need not take it.
         mode = {"render_mode": "rgb_array"} if render else {}
         return gymnasium.make(name, disable_env_checker=True, **mode, **told)
-    except (TypeError, ValueError) as error:
-        if not told:
-            raise
-        raise TaskError(f"task '{task}': {_first_line(error)}") from error
     except (DependencyNotInstalled, ImportError, AttributeError, RuntimeError) as error:
         if os.environ.get("MUJOCO_GL"):
             check_backend(task)
         if isinstance(error, (AttributeError, RuntimeError)):
+            if told:
+                raise _refused(task, error) from error
             raise
         raise TaskError(f"task '{task}' needs a package: {_first_line(error)}") from error
     except gymnasium.error.UnregisteredEnv as error:
@@ -52,6 +50,10 @@ def load(name: str, task: str, render: bool) -> gymnasium.Env:
         raise TaskError(f"unknown task '{task}'; {hint}") from error
     except gymnasium.error.Error as error:
         raise TaskError(f"task '{task}': {_first_line(error)}") from error
+    except Exception as error:  # whatever an environment makes of an argument that it does not expect
+        if told:
+            raise _refused(task, error) from error
+        raise
 
 
 def _told(name: str, task: str) -> tuple[str, dict[str, Any]]:
@@ -60,22 +62,29 @@ def _told(name: str, task: str) -> tuple[str, dict[str, Any]]:
     if not mark:
         return name, {}
     try:
-        told = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True))
+        pairs = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True, strict_parsing=True)  # 1e+3 is a number
     except ValueError:
-        told = {}
-    if not told:
-        raise TaskError(f"task '{task}': what an environment is told is written ?name=value&name=value")
-    taken = sorted({"render_mode", "disable_env_checker", "vectorization_mode", "id"} & told.keys())
+        pairs = []
+    told = {key: _value(text, task) for key, text in pairs}
+    if not told or "" in told or len(told) < len(pairs):
+        raise TaskError(f"task '{task}': what an environment is told is written ?name=value&name=value, each name once")
+    taken = sorted({"render_mode", "disable_env_checker"} & told.keys())
     if taken:
         raise TaskError(f"task '{task}': {taken[0]} is not for a task to choose")
-    return name, {key: _value(text) for key, text in told.items()}
+    return name, told
 
 
-def _value(text: str) -> Any:
+def _value(text: str, task: str) -> Any:
+    if text in ("True", "False", "None"):  # texts that would pass for true
+        raise TaskError(f"task '{task}': {text} is written {'null' if text == 'None' else text.lower()}, as in JSON")
     try:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def _refused(task: str, error: Exception) -> TaskError:
+    return TaskError(f"task '{task}': {type(error).__name__}: {_first_line(error)}")
 
 
 def _first_line(error: BaseException) -> str:

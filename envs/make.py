@@ -30,7 +30,7 @@ def make_env(
     """Make one environment with flat float32 obs (O,) and actions in [-1, 1] (A,) or Discrete from 0.
 
     Args:
-        task: "dmc/<domain>-<task>" or "gym/<Gymnasium id>".
+        task: "dmc/<domain>-<task>" or "gym/<Gymnasium id>", whose arguments may follow: "gym/Pendulum-v1?g=5".
         action_repeat: frames per step; 0 is the suite's default (dmc 2, gym 1).
         seed: base seed, >= 0. Episode k is a function of (seed, index, k) and the actions.
         index: number of this env among parallel ones, >= 0.

@@ -48,7 +48,8 @@ Halting = Annotated[str, OneOf(("residual", "fixed", "second_difference", "certi
 ValueLoss = Annotated[str, OneOf(("auto", "huber", "two_hot"))]
 Solver = Annotated[str, OneOf(("plain", "anderson"))]
 Gradient = Annotated[str, OneOf(("unrolled", "implicit"))]
-Device = Annotated[str, Matches(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")]
+DEVICES = r"auto|cpu|cuda(:\d+)?"
+Device = Annotated[str, Matches(DEVICES, "auto, cpu, cuda or cuda:N")]
 
 
 # ---------------------------------------------------------------------------------------------- the schema
@@ -69,7 +70,8 @@ class TaskConfig(Section):
         if not self.id.startswith(f"{self.suite}/"):
             raise ConfigError(f"task.id={self.id!r}: not of suite {self.suite}; write task=SUITE/ID instead")
         if not re.fullmatch(forms[self.suite], self.id):
-            raise ConfigError(f"task={self.id!r}: must be dmc/<domain>-<task> or gym/<Gymnasium id>")
+            known = "dmc/<domain>-<task> or gym/<Gymnasium id>[?argument=value&...]"
+            raise ConfigError(f"task={self.id!r}: must be {known}")
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,8 @@ class PlannerConfig(Section):
     policy_std: NonNegative = 0.2  # noise on actions the policy learns by, action units (discrete: probability)
     policy_penalty: NonNegative = 4e-4  # weight of the squared pre-activations of the policy, no unit
     policy_penalty_kept: Share = 0.05  # part of it that is left after explore_decay_steps, in [0, 1]
-    policy_switch_steps: Whole = 15_000  # until then no policy_horizon, policy_std, policy_penalty_kept, agent steps
-    policy_step_error: NonNegative = 0.3  # nor while a model's step errs by more than this share of it; 0: whatever
+    policy_switch_steps: Whole = 15_000  # before it the value's gradient alone, as with policy_horizon=0, agent steps
+    policy_step_error: NonNegative = 0.3  # so too while a model's step errs by more than this share of it; 0: never
     smooth_std: NonNegative = 0.2  # spread of the noise on target actions, action units (discrete: smooth_share)
     smooth_clip: NonNegative = 0.3  # largest noise on target actions, action units
     smooth_share: Share = 0.0  # part of discrete target actions that random ones replace, in [0, 1]
@@ -231,7 +233,7 @@ class Config(Section):
     eval_episodes: Count = 5  # episodes in one evaluation, count
     log_every: Count = 1000  # distance between log lines, env frames
     checkpoint_every: Count = 5000  # distance between checkpoints, env frames
-    keep_checkpoints: Count = 2  # newest checkpoints that are kept, count
+    keep_checkpoints: Count = 2  # newest checkpoints kept, count; training can go on from the last two of them
     video_every: Whole = 0  # distance between evaluation videos, env frames; 0: one at the end only
     device: Device = "cpu"  # cpu, cuda, cuda:N, or auto: cuda where there is one; a CPU is faster for sizes up to base
     threads: Threads = 1  # torch's threads inside one operation, count; 0: torch's own choice, for size=large
@@ -282,7 +284,9 @@ def _as_before(tree: object) -> object:
     planned = {"eval_samples": agent["plan_samples"]} if "plan_samples" in agent else {}
     value_alone = {"policy_horizon": 0, "policy_std": 0.0, "policy_penalty_kept": 1.0, "policy_step_error": 0.0}
     value_alone |= {"policy_switch_steps": 0}  # nor later: what a file names of it was at once
-    always = {"priority": 0.0, "novelty_spread": 0.0, "smooth_share": agent.get("smooth_std", 0.2)}
+    smoothed = agent.get("smooth_std", 0.2)  # the share too, and as one whatever was above it
+    smoothed = min(smoothed, 1.0) if isinstance(smoothed, (int, float)) else 0.2
+    always = {"priority": 0.0, "novelty_spread": 0.0, "value_loss": "two_hot", "smooth_share": smoothed}
     return tree | {"agent": always | value_alone | planned | agent}
 
 

@@ -27,11 +27,11 @@ def split(overrides: Iterable[str], keys: Iterable[str]) -> tuple[dict[str, str]
     values: dict[str, str] = {}
     for word in overrides:
         key, equals, text = word.partition("=")
+        if "/" in key and key.partition("/")[0] in groups()["task"]:
+            raise ConfigError(f"{word!r} is not KEY=VALUE: did you mean task={word}?")
         if not equals:
             if key.startswith("-"):
                 raise ConfigError(f"{word!r}: the only option is --help; settings are KEY=VALUE words")
-            if key.partition("/")[0] in groups()["task"]:
-                raise ConfigError(f"{word!r} is not KEY=VALUE: did you mean task={word}?")
             near = key if key in keys or key in groups() else nearest(key, (*keys, *groups()))
             raise ConfigError(f"{word!r} is not KEY=VALUE: did you mean {near}=...?")
         if key == "task":

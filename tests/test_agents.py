@@ -459,6 +459,7 @@ def check_actions(action: np.ndarray, discrete: bool, envs: int = N) -> None:
         {"plan_loops": 0},
         {"imagined_steps": 2},
         {"value_loops": 2},
+        {"value_loss": "two_hot"},
         {"value_loss": "huber"},
         {"seed_steps": 0},
         {"plan_horizon": 1},
@@ -1195,7 +1196,9 @@ def test_an_agent_that_was_saved_on_another_kind_of_device_is_restored():
 
 
 @KINDS
-@pytest.mark.parametrize("settings", [{}, {"value_loss": "huber"}, HORIZON], ids=["two_hot", "huber", "horizon"])
+@pytest.mark.parametrize(
+    "settings", [{"value_loss": "two_hot"}, {"value_loss": "huber"}, HORIZON], ids=["two_hot", "huber", "horizon"]
+)
 def test_a_restored_agent_goes_on_bit_for_bit(settings, discrete):
     first, second = (make(discrete, seed=seed, plan_collect=True, **settings) for seed in (0, 5))
     for step in range(5):

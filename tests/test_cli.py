@@ -339,6 +339,39 @@ def test_an_earlier_checkpoint(finished, capsys):
     assert "no checkpoint at frame 40, but at 30, 60" in evaluation_error(capsys, finished, "--frames", "40")
 
 
+@pytest.mark.parametrize(
+    ("device", "said"), [("cuda:x", "cuda:N"), ("cuda:", "cuda:N"), ("cuda:3", "the last is cuda:0")]
+)
+def test_a_device_that_is_none_where_there_is_a_gpu(device, said, finished, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert said in evaluation_error(capsys, finished, "--device", device)
+
+
+def test_a_broken_checkpoint_names_an_earlier_one(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "x")
+    (tmp_path / "x" / "checkpoints" / "00000060" / "state.pt").write_bytes(b"torn")
+    assert "cannot be read" in (said := evaluation_error(capsys, tmp_path / "x")) and "take frame 30 (evaluate.py --frames), or delete" in said
+    (tmp_path / "x" / "checkpoints" / "00000030" / "state.pt").write_bytes(b"torn")
+    assert "take frame" not in evaluation_error(capsys, tmp_path / "x", "--frames", "30")
+
+
+def test_an_environment_with_arguments_and_how_many_checkpoints_it_keeps(tmp_path, monkeypatch, capsys):
+    """Trained in a folder that its task names, resumed by the same command, evaluated."""
+    monkeypatch.chdir(tmp_path)
+    words = [*TINY, *SHORT[len(CARTPOLE) :], "task=gym/Pendulum-v1?max_episode_steps=20&g=5"]
+    assert train.main([*words, "checkpoint_every=10", "keep_checkpoints=4"]) == 0
+    (run_dir,) = Path("runs").iterdir()
+    assert run_dir.name.startswith("gym-Pendulum-v1-max_episode_steps=20-g=5-looped-s0-")
+    assert Checkpoints(run_dir).frames() == [30, 40, 50, 60]
+    assert train.main([*words, "keep_checkpoints=1", "frames=80", "resume=true"]) == 0
+    assert Checkpoints(run_dir).frames() == [80]
+    capsys.readouterr()
+    torch.set_num_threads(2)
+    assert evaluate.main([str(run_dir), "--episodes", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["eval_length_mean"] == 20 and torch.get_num_threads() == 1
+
+
 def test_a_control_has_no_loops_to_choose(tmp_path, capsys):
     assert run(tmp_path, *SHORT, "dynamics=stacked") == 0
     capsys.readouterr()
@@ -363,7 +396,8 @@ def test_evaluation_while_training(finished):
     [
         *(["--episodes", "0"], ["--episodes", "-1"], ["--episodes", "x"], ["--loops", "-1"], ["--loops", "²"]),
         *(["--samples", "-1"], ["--seed", "-1"], ["--unknown"], ["--video"]),
-        *(["--frames", "0"], ["--frames", "31"], ["--device", "tpu"], ["--device", "cuda:99"]),
+        *(["--frames", "0"], ["--frames", "31"], ["--device", "tpu"], ["--device", "mps"], ["--device", "cpu:7"]),
+        *(["--device", "cuda:99"], ["--device", "cuda:x"]),
     ],
 )
 def test_a_wrong_argument_is_one_line(words, finished, capsys):

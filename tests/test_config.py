@@ -29,6 +29,7 @@ from loopwm.config import (
     save_config,
     to_dict,
 )
+from loopwm.training.run_dir import changed_settings
 from loopwm.words import CONFIG_DIR
 
 GROUP_OPTIONS = [(file.parent.name, file.stem) for file in sorted(CONFIG_DIR.glob("*/*.yaml"))]
@@ -110,6 +111,8 @@ MISTAKES = [
     (["task=mujoco/Hopper-v5"], "dmc, gym"),
     (["task=cartpole-swingup"], "dmc, gym"),
     (["dmc/cartpole-swingup"], "did you mean task=dmc/cartpole-swingup?"),
+    (["gym/Hopper-v5?reset_noise_scale=0"], "did you mean task=gym/Hopper-v5?reset_noise_scale=0?"),
+    (["task=gym/Hopper-v5?x=a b"], "[?argument=value&...]"),
     (["-m", "seed=0,1"], "KEY=VALUE words"),
     (["seed=0,1"], "seed"),
     (["task="], "dmc, gym"),
@@ -172,11 +175,28 @@ def test_a_config_from_before_the_gradient_switched_has_it_at_once(tmp_path) -> 
 
 def test_a_config_from_before_discrete_actions_had_a_share_of_their_own_has_the_spread_for_it(tmp_path) -> None:
     path = tmp_path / "config.yaml"
-    for spread in (0.1, 0.2):
+    for spread, share in ((0.1, 0.1), (0.2, 0.2), (1.5, 1.0)):
         save_config(load_config([f"agent.smooth_std={spread}"]), path)
         path.write_text("".join(line for line in path.read_text().splitlines(True) if "smooth_share" not in line))
-        assert read_config(path).agent.smooth_share == spread
+        assert read_config(path).agent.smooth_share == share
     assert load_config([]).agent.smooth_share == 0.0
+
+
+def test_a_config_from_before_values_could_be_numbers_has_distributions(tmp_path) -> None:
+    tree = to_dict(load_config(["task=gym/CartPole-v1"]))
+    assert parse_config(tree).agent.value_loss == "auto"
+    del tree["agent"]["value_loss"]
+    assert parse_config(tree).agent.value_loss == "two_hot"
+
+
+def test_what_is_of_discrete_actions_alone_does_not_make_another_run_of_a_task_without_any() -> None:
+    for task, changed in (("dmc/walker-walk", []), ("gym/CartPole-v1", ["value_loss", "smooth_share"])):
+        new = load_config([f"task={task}"])
+        tree = to_dict(new)
+        del tree["agent"]["value_loss"], tree["agent"]["smooth_share"]
+        found = [line.split("=")[0] for line in changed_settings(parse_config(tree), new)]
+        assert found == [f"agent.{name}" for name in changed]
+    assert changed_settings(load_config(["agent.value_loss=huber"]), load_config([]))
 
 
 def test_a_dict_from_before_is_read_as_a_file_from_before_is() -> None:

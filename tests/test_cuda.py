@@ -88,7 +88,9 @@ def tensors_of(agent: PlannerAgent):
         yield from (*module.parameters(), *module.buffers())
 
 
-@pytest.mark.parametrize("settings", [{}, {"value_loss": "huber"}, {"value_loops": 2, "imagined_steps": 1}, HORIZON])
+@pytest.mark.parametrize(
+    "settings", [{"value_loss": "two_hot"}, {"value_loss": "huber"}, {"value_loops": 2, "imagined_steps": 1}, HORIZON]
+)
 @KINDS
 def test_an_agent_acts_learns_and_comes_back(discrete, settings, tmp_path):
     agent = make_agent(config(priority=0.4, plan_collect=True, **settings), 5, 3, discrete, torch.device(DEVICE))

@@ -254,6 +254,7 @@ def test_observations_are_not_overwritten_by_the_next_step():
 
 def test_an_environment_is_told_what_stands_behind_the_question_mark():
     assert make_env("gym/loopwm/Sandpile-v0?size=5").observation_space.shape == (25,)
+    assert make_env("gym/Pendulum-v1?g=1e+1").unwrapped.g == 10.0
     env = make_env("gym/Pendulum-v1?g=0.5&max_episode_steps=3")
     assert env.unwrapped.g == 0.5
     env.reset(seed=0)
@@ -411,6 +412,12 @@ WRONG = {
     "gym/CartPole-v1?": "is written ?name=value",
     "gym/CartPole-v1?size": "is written ?name=value",
     "gym/CartPole-v1?size=3": "unexpected keyword argument 'size'",
+    "gym/CartPole-v1?=3": "each name once",
+    "gym/Pendulum-v1?g=1&g=2": "each name once",
+    "gym/Hopper-v5?terminate_when_unhealthy=False": "False is written false, as in JSON",
+    "gym/FrozenLake-v1?map_name=9x9": "KeyError",
+    "gym/Hopper-v5?frame_skip=0": "ZeroDivisionError",
+    "gym/Hopper-v5?xml_file=no_such.xml": "no_such.xml",
     "gym/CartPole-v1?render_mode=human": "render_mode is not for a task to choose",
     "gym/loopwm/Sandpile-v0?size=-3": "size",
     "gym/CartPole-v7?size=3": "did you mean 'gym/CartPole-v",

@@ -37,6 +37,13 @@ def file(run_dir, tmp_path_factory):
     return path
 
 
+def test_an_exported_agent_is_of_one_frame(file):
+    frames = load_agent(file)[2]
+    assert load_agent(file, frames=frames)[2] == frames
+    with pytest.raises(CheckpointError, match=f"no agent at frame {frames + 1}, but at {frames}"):
+        load_agent(file, frames=frames + 1)
+
+
 def test_an_exported_agent_acts_as_its_run_does(run_dir, file):
     (one, cfg, frames), (other, cfg_again, frames_again) = load_agent(run_dir), load_agent(file)
     assert cfg.run_dir and (dataclasses.replace(cfg, run_dir=""), frames) == (cfg_again, frames_again)

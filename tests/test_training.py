@@ -400,7 +400,7 @@ def test_the_last_ones_are_kept(keep, tmp_path):
         for frames in keeper.frames()[-2:]:  # the last but one can be gone back to at any time
             fresh = Replay(60, 2, 3, 2)
             one = Checkpoints(tmp_path)
-            assert one._read(frames, "cpu", fresh)["step"] == frames // 10
+            assert one._read(frames, fresh)["step"] == frames // 10
             assert_rows(fresh, 7 * frames // 10)
     assert len(list((tmp_path / "checkpoints" / "replay").iterdir())) <= 8, "overwritten rows stay on the disk"
 
@@ -411,7 +411,7 @@ def test_more_rows_between_checkpoints_than_the_ring_holds(tmp_path):
         keeper.save(step, {}, grown(replay, rows))
         for frames, total in list(enumerate((20, 90, 95, 300)))[max(0, step - 1) : step + 1]:
             fresh = Replay(60, 2, 3, 2)
-            Checkpoints(tmp_path)._read(frames, "cpu", fresh)
+            Checkpoints(tmp_path)._read(frames, fresh)
             assert_rows(fresh, total)
 
 

@@ -128,7 +128,7 @@ class Checkpoints:
         errors = []
         for frames in reversed(self.frames()):
             try:
-                state = self._read(frames, "cpu", replay)
+                state = self._read(frames, replay)
             except CheckpointError as error:
                 errors.append(error)
                 self._unreadable.append(frames)
@@ -137,24 +137,28 @@ class Checkpoints:
                 print(f"warning: {error}; going on from frame {frames}", file=sys.stderr)
             return state
         if errors:
-            raise CheckpointError(f"{errors[0]}, nor an older one; choose another run_dir to start anew")
+            others = "".join(f", nor {error}" for error in errors[1:])
+            raise CheckpointError(f"{errors[0]}{others}; choose another run_dir to start anew")
         return None
 
-    def load(self, frames: int, device: str | torch.device = "cpu") -> dict[str, Any]:
-        """Read a checkpoint's state.
+    def load(self, frames: int) -> dict[str, Any]:
+        """Read a checkpoint's state, its tensors onto the CPU.
 
         Raises:
             CheckpointError: it is missing or broken.
         """
         try:
-            return self._read(frames, device)
+            return self._read(frames)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}; delete {self.folder / f'{frames:08d}'} to use the one before") from None
+            earlier = [at for at in self.frames() if at < frames]
+            broken = self.folder / f"{frames:08d}"
+            hint = f"; take frame {earlier[-1]} (evaluate.py --frames), or delete {broken}" if earlier else ""
+            raise CheckpointError(f"{error}{hint}") from None
 
-    def _read(self, frames: int, device: str | torch.device, replay: Replay | None = None) -> dict[str, Any]:
+    def _read(self, frames: int, replay: Replay | None = None) -> dict[str, Any]:
         path = self.folder / f"{frames:08d}" / "state.pt"
         try:
-            state = torch.load(path, map_location=device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             if replay is not None:
                 self._load_replay(replay, state["replay"]["total"])
                 replay.load_state_dict(state["replay"])

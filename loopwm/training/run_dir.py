@@ -71,7 +71,12 @@ def last_words(result: dict[str, Any], run_dir: Path, arguments: list[str]) -> s
 
 
 def _slug(cfg: Config) -> str:
-    return f"{re.sub('[/?&]', '-', cfg.task.id)}-{cfg.dynamics.name}-s{cfg.seed}-"
+    return f"{file_name(cfg.task.id)}-{cfg.dynamics.name}-s{cfg.seed}-"
+
+
+def file_name(task: str) -> str:
+    """A task's name as part of a path."""
+    return re.sub(r"[^\w.:=,+-]", "-", task)[:120]
 
 
 def _new_run(cfg: Config) -> Path:
@@ -96,12 +101,22 @@ def _newest_run(cfg: Config) -> Path | None:
 
 def changed_settings(old: Config, new: Config) -> list[str]:
     """What differs of the settings that make a run what it is, as "key=old (now new)"."""
-    before, after = flatten(old), flatten(new)
+    before, after = _as_it_learns(old), _as_it_learns(new)
     return [
         f"{key}={before.get(key)} (now {value})"
         for key, value in after.items()
         if key not in FREE_ON_RESUME and before.get(key) != value
     ]
+
+
+def _as_it_learns(cfg: Config) -> dict[str, Any]:
+    """``flatten``, without what is of discrete actions alone where there are none: no task of DeepMind Control has."""
+    flat = flatten(cfg)
+    if cfg.task.suite == "dmc":
+        del flat["agent.smooth_share"]
+        if flat["agent.value_loss"] == "auto":
+            flat["agent.value_loss"] = "two_hot"
+    return flat
 
 
 def read_run(run_dir: Path, frames: int | None = None) -> tuple[Config, int]:
