@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.harness import ROOT, curve, parser, report
+from loopwm.training.interrupt import INTERRUPTED
 
 
 def timed_run(run_dir: Path, words: list[str], score: float) -> dict[str, float | None]:
@@ -40,7 +41,7 @@ def timed_run(run_dir: Path, words: list[str], score: float) -> dict[str, float 
                 process.terminate()
                 process.wait()
                 break
-    if process.returncode > 0:
+    if process.returncode not in (0, INTERRUPTED):  # the latter where it was stopped here
         raise RuntimeError(f"train.py ended with {process.returncode}: see {log.name}")
     first = next((point for point in seen if point[2] >= score), None)
     pair = next((b for a, b in zip(seen, seen[1:], strict=False) if min(a[2], b[2]) >= score), None)

@@ -23,6 +23,7 @@ from benchmarks import (
     policy_gradients,
     representation,
     returns,
+    time_to_score,
 )
 from benchmarks.diagnose import Episodes
 from envs import make_env
@@ -623,3 +624,15 @@ def test_figures_tell_two_defaults_apart(tmp_path, monkeypatch):
     assert (tmp_path / "grid.png").stat().st_size > 1000
     found = {title: [row["dynamics"] for row in rows] for title, rows in drawn.items()}
     assert found == {"a (2 seeds)": ["looped, before"] * 2 + ["looped"] * 2, "b (2 seeds)": ["looped"] * 2}
+
+
+# ---- time_to_score --------------------------------------------------------------------------------------
+
+
+def test_the_clock_stops_at_two_evaluations_in_a_row(tmp_path):
+    words = [*CARTPOLE, "frames=100000", "eval_every=40", "log_every=1000", "checkpoint_every=1000"]
+    found = time_to_score.timed_run(tmp_path / "x", words, score=1.0)  # any episode has more
+    assert (found["first_frames"], found["second_frames"]) == (40, 80)
+    assert 0.0 < found["first_seconds"] <= found["second_seconds"]
+    with pytest.raises(RuntimeError, match="ended with 2"):
+        time_to_score.timed_run(tmp_path / "y", ["task=gym/NoSuch-v0"], score=1.0)
