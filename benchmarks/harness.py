@@ -25,7 +25,7 @@ from envs import TaskError
 from loopwm.config import ConfigError, load_config, read_config
 from loopwm.inspect.measure import strict
 from loopwm.training.checkpoint import CheckpointError
-from loopwm.training.run_dir import changed_settings, commit, versions
+from loopwm.training.run_dir import changed_settings, commit, file_name, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_OPTIONS = ("quick", "task", "json", "csv", "figure", "runs", "jobs")  # of how a result was made, else written down
@@ -124,7 +124,7 @@ def training_run(
 ) -> tuple[Path, list[str]]:
     """(directory, overrides) of one run: the settings named here are in the name, and ``train`` checks the others."""
     extra = "".join(f"_{word}" for word in settings).replace("/", "-")
-    name = f"{task.replace('/', '-')}_{dynamics}_{frames}{extra}_s{seed}"
+    name = f"{file_name(task)}_{dynamics}_{frames}{extra}_s{seed}"
     return runs / name, [f"task={task}", f"dynamics={dynamics}", f"seed={seed}", f"frames={frames}", *settings]
 
 
