@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable
 from functools import partial
 from operator import methodcaller
@@ -35,8 +34,7 @@ def make_agent(cfg: Config, obs_dim: int, action_dim: int, discrete: bool, devic
     z, c = world_model.encoder.width, cfg.agent
     policy = (DiscretePolicy if discrete else ContinuousPolicy)(z, action_dim, c.policy_dim, c.activation).to(device)
     width = z + action_dim + (world_model.dynamics.state_dim if c.value_loops else 0)
-    loss = c.value_loss if c.value_loss != "auto" else "huber" if discrete else "two_hot"
-    value = ValueEnsemble(width, c.value_dim, loss=loss, activation=c.activation).to(device)
+    value = ValueEnsemble(width, c.value_dim, loss=c.loss_of_values(discrete), activation=c.activation).to(device)
     seeks = c.novelty_spread and c.plan_collect and c.plan_samples
     novelty = Novelty(z, torch.Generator().manual_seed(cfg.seed)).to(device) if seeks else None
     parts = (world_model, policy, value)
@@ -49,8 +47,8 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         ConfigError: the name of no kind of device, or a cuda device that is not there.
     """
-    if not re.fullmatch(DEVICES, name):
-        raise ConfigError(f"device={name!r}: must be auto, cpu, cuda or cuda:N")
+    if complaint := DEVICES.complaint(name):
+        raise ConfigError(f"device={name!r}: {complaint}")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -93,7 +91,7 @@ def load_agent(
         restore = partial(restore_exported, tensors=tensors, acted=said["acted"])
     else:
         cfg, frames = read_run(path, frames)
-        state = Checkpoints(path).load(frames)  # here, and copied to where the agent is: as training goes on
+        state = Checkpoints(path).load(frames)  # onto the CPU, as the trainer does; restoring copies to the device
         dims = state["dims"]
         restore = methodcaller("load_state_dict", state["agent"])
     changes = {"plan_loops": plan_loops, "plan_samples": plan_samples, "eval_samples": plan_samples}

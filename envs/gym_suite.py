@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl
 import gymnasium
 from gymnasium.error import DependencyNotInstalled
 
-from envs.errors import TaskError, suggestion
+from envs.errors import RenderingUnavailable, TaskError, suggestion
 from envs.rendering import check_backend, prefer_egl
 
 
@@ -27,6 +27,18 @@ def load(name: str, task: str, render: bool) -> gymnasium.Env:
     if render:
         prefer_egl()
     name, told = _told(name, task)
+    try:
+        return _make(name, told, task, render)
+    except (TaskError, RenderingUnavailable):
+        raise
+    except Exception as error:  # whatever an environment makes of an argument that it does not expect
+        if not told:
+            raise
+        raise TaskError(f"task '{task}': {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _make(name: str, told: dict[str, Any], task: str, render: bool) -> gymnasium.Env:
+    """Gymnasium's `name`, told those arguments. A mistyped name and a missing package are explained in a TaskError."""
     module, colon, _ = name.partition(":")
     if colon and (name.count(":") > 1 or not all(part.isidentifier() for part in module.split("."))):
         raise TaskError(f"task '{task}': one that a module registers is written gym/<module>:<id>")
@@ -39,8 +51,6 @@ def load(name: str, task: str, render: bool) -> gymnasium.Env:
         if os.environ.get("MUJOCO_GL"):
             check_backend(task)
         if isinstance(error, (AttributeError, RuntimeError)):
-            if told:
-                raise _refused(task, error) from error
             raise
         raise TaskError(f"task '{task}' needs a package: {_first_line(error)}") from error
     except gymnasium.error.UnregisteredEnv as error:
@@ -50,10 +60,6 @@ def load(name: str, task: str, render: bool) -> gymnasium.Env:
         raise TaskError(f"unknown task '{task}'; {hint}") from error
     except gymnasium.error.Error as error:
         raise TaskError(f"task '{task}': {_first_line(error)}") from error
-    except Exception as error:  # whatever an environment makes of an argument that it does not expect
-        if told:
-            raise _refused(task, error) from error
-        raise
 
 
 def _told(name: str, task: str) -> tuple[str, dict[str, Any]]:
@@ -81,10 +87,6 @@ def _value(text: str, task: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
-
-
-def _refused(task: str, error: Exception) -> TaskError:
-    return TaskError(f"task '{task}': {type(error).__name__}: {_first_line(error)}")
 
 
 def _first_line(error: BaseException) -> str:

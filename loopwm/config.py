@@ -48,8 +48,8 @@ Halting = Annotated[str, OneOf(("residual", "fixed", "second_difference", "certi
 ValueLoss = Annotated[str, OneOf(("auto", "huber", "two_hot"))]
 Solver = Annotated[str, OneOf(("plain", "anderson"))]
 Gradient = Annotated[str, OneOf(("unrolled", "implicit"))]
-DEVICES = r"auto|cpu|cuda(:\d+)?"
-Device = Annotated[str, Matches(DEVICES, "auto, cpu, cuda or cuda:N")]
+DEVICES = Matches(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")
+Device = Annotated[str, DEVICES]
 
 
 # ---------------------------------------------------------------------------------------------- the schema
@@ -203,6 +203,10 @@ class PlannerConfig(Section):
         if self.model_batch_size > self.batch_size:
             most = f"agent.batch_size={self.batch_size}"
             raise ConfigError(f"agent.model_batch_size={self.model_batch_size}: must be at most {most}")
+
+    def loss_of_values(self, discrete: bool) -> str:
+        """``value_loss``, with ``auto`` as what it is for discrete actions or continuous ones."""
+        return self.value_loss if self.value_loss != "auto" else "huber" if discrete else "two_hot"
 
 
 @dataclass(frozen=True)

@@ -351,10 +351,8 @@ def test_a_device_that_is_none_where_there_is_a_gpu(device, said, finished, caps
 def test_a_broken_checkpoint_names_an_earlier_one(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "x")
     (tmp_path / "x" / "checkpoints" / "00000060" / "state.pt").write_bytes(b"torn")
-    assert (
-        "cannot be read" in (said := evaluation_error(capsys, tmp_path / "x"))
-        and "take frame 30 (evaluate.py --frames), or delete" in said
-    )
+    said = evaluation_error(capsys, tmp_path / "x")
+    assert "cannot be read" in said and "take frame 30 (evaluate.py --frames), or delete" in said
     (tmp_path / "x" / "checkpoints" / "00000030" / "state.pt").write_bytes(b"torn")
     assert "take frame" not in evaluation_error(capsys, tmp_path / "x", "--frames", "30")
 

@@ -621,7 +621,7 @@ class CountingAgent:
 
 def counting_trainer(run_dir: Path, **schedule) -> Trainer:
     schedule = {"frames": 240, "eval_every": 100, "eval_episodes": 1, "log_every": 50} | schedule
-    schedule = {"checkpoint_every": 10**6, "video_every": 0, "action_repeat": 2} | schedule
+    schedule = {"checkpoint_every": 10**6, "keep_checkpoints": 2, "video_every": 0, "action_repeat": 2} | schedule
     venv = counting_venv()
     return Trainer(
         CountingAgent(),

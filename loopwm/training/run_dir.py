@@ -114,8 +114,7 @@ def _as_it_learns(cfg: Config) -> dict[str, Any]:
     flat = flatten(cfg)
     if cfg.task.suite == "dmc":
         del flat["agent.smooth_share"]
-        if flat["agent.value_loss"] == "auto":
-            flat["agent.value_loss"] = "two_hot"
+        flat["agent.value_loss"] = cfg.agent.loss_of_values(discrete=False)
     return flat
 
 

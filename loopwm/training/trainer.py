@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from loopwm.training.checkpoint import KEEP, CheckpointError, Checkpoints
+from loopwm.training.checkpoint import CheckpointError, Checkpoints
 from loopwm.training.interrupt import Interrupt
 from loopwm.training.logger import Logger
 from loopwm.training.progress import Progress
@@ -42,7 +42,7 @@ class Schedule:
     checkpoint_every: int
     video_every: int  # 0: one at the end
     action_repeat: int  # env frames in one agent step
-    keep_checkpoints: int = KEEP  # the newest so many, count
+    keep_checkpoints: int  # the newest so many, count
 
 
 class Trainer:
