@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from agents import load_agent
-from benchmarks.harness import train as train_agent
-from benchmarks.harness import training_run
+from benchmarks.harness import ROOT
 from benchmarks.lab import TEST, TRAINING, VALIDATION, Examples, Recipe, Task, kept
 from envs import make_env
 from loopwm.dynamics import DYNAMICS, DynamicsOutput
@@ -186,9 +185,9 @@ class VectorTask(Task):
 class Control(VectorTask):
     """A DMC task, 5 open-loop steps in training and 50 in the test, under random actions or a trained agent's.
 
-    A random action is one of noise with a correlation of 0.8 in time. The agent is ``train.py``'s own after 100k
-    frames; it acts by its policy, in every second episode with half of random noise added. Depth in training is
-    drawn per sequence, as in the agents.
+    A random action is one of noise with a correlation of 0.8 in time. The agent is the one in ``pretrained/``: the
+    default's after 100k frames; it acts by its policy, in every second episode with half of random noise added. Depth
+    in training is drawn per sequence, as in the agents.
     """
 
     unit, trained, bins = "", 0, ((0, 0),)
@@ -204,7 +203,8 @@ class Control(VectorTask):
         noise = super().actor(episode, rng, action_dim)
         if not self.policy:
             return noise
-        agent, first = load_agent(self.policy_run(), plan_samples=0)[0].evaluator(), True
+        shipped = ROOT / "pretrained" / f"{self.env_id.removeprefix('dmc/')}.safetensors"
+        agent, first = load_agent(shipped, plan_samples=0)[0].evaluator(), True
 
         def act(obs: np.ndarray, before: np.ndarray | None) -> np.ndarray:
             nonlocal first
@@ -213,11 +213,6 @@ class Control(VectorTask):
             return np.clip(action + 0.5 * (episode % 2) * noise(obs, before), -1.0, 1.0).astype(np.float32)
 
         return act
-
-    def policy_run(self) -> Path:
-        """The agent whose actions these are: seed 0 of docs/results.md's first table, trained if need be."""
-        settings = ["eval_episodes=10", "eval_every=20000", "agent.novelty_spread=0"]
-        return train_agent(*training_run(self.runs, self.env_id, "looped", 0, 100_000, settings))
 
     def examples(self, each: int, longest: int, seed: int, size: int | None = None) -> Examples:
         """Windows of one episode: of 5 steps in training and validation, of 50 in the test; at most ``each``."""
