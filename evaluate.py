@@ -9,9 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
-from agents import load_agent
+from agents import load_agent, use_threads
 from envs import RenderingUnavailable, TaskError, make_vector_env
 from loopwm.config import ConfigError
 from loopwm.training.checkpoint import CheckpointError
@@ -51,7 +49,7 @@ def main(arguments: list[str]) -> int:
         agent, cfg, frames = load_agent(args.run_dir, **budget, device=args.device, frames=args.frames)
         if args.loops is not None and cfg.dynamics.name != "looped":
             raise ConfigError(f"--loops: dynamics={cfg.dynamics.name} has no loop whose depth could be chosen")
-        torch.set_num_threads(cfg.threads or torch.get_num_threads())
+        use_threads(cfg.threads)
         make = functools.partial(make_vector_env, cfg.task.id, action_repeat=cfg.task.action_repeat)
         result = rollout(agent, make(min(args.episodes, 10)), args.episodes, seed=args.seed)
         looping = cfg.dynamics.name == "looped" and min(cfg.agent.plan_samples, cfg.agent.eval_samples) > 0

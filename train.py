@@ -1,19 +1,17 @@
 """Train an agent: ``python train.py task=dmc/cartpole-swingup dynamics.mean_loops=4 run_dir=runs/x``.
 
-The training loop is ``Trainer.run`` in loopwm/training/trainer.py, the gradient step ``PlannerAgent.update``
-in agents/planner.py, the loop of loops ``LoopedDynamics`` in loopwm/dynamics/looped.py; every setting stands
-in loopwm/config.py.
+The training loop is ``Trainer.run`` in loopwm/training/trainer.py, the gradient step ``PlannerAgent.update`` in
+agents/planner.py, the loop of loops ``LoopedDynamics`` in loopwm/dynamics/looped.py; settings are in loopwm/config.py.
 """
 
 import functools
 import sys
 from dataclasses import fields
 from pathlib import Path
-
-import torch
+from typing import Any
 
 import envs
-from agents import make_agent, resolve_device
+from agents import make_agent, resolve_device, use_threads
 from loopwm.config import Config, ConfigError, load_config, save_config
 from loopwm.help import usage
 from loopwm.training.checkpoint import CheckpointError
@@ -51,19 +49,23 @@ def build(cfg: Config, run_dir: Path) -> Trainer:
     )
 
 
+def train(cfg: Config) -> tuple[dict[str, Any], Path]:
+    """One run, new or resumed: (what its summary.json holds, its directory, for ``load_agent``). Raises USER_ERRORS."""
+    use_threads(cfg.threads)
+    run_dir, lock = open_run(cfg)
+    with lock:
+        trainer = build(cfg, run_dir)
+        save_config(cfg, run_dir / "config.yaml")
+        return trainer.run(), run_dir
+
+
 def main(arguments: list[str]) -> int:
     """Exit code: 0 trained to the end, 2 something to correct, 130 interrupted (resume=true goes on)."""
     if {"-h", "--help"} & set(arguments):
         print(usage())
         return 0
     try:
-        cfg = load_config(arguments)
-        torch.set_num_threads(cfg.threads or torch.get_num_threads())
-        run_dir, lock = open_run(cfg)
-        with lock:
-            trainer = build(cfg, run_dir)
-            save_config(cfg, run_dir / "config.yaml")
-            result = trainer.run()
+        result, run_dir = train(load_config(arguments))
     except USER_ERRORS as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

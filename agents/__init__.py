@@ -59,6 +59,12 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def use_threads(count: int) -> None:
+    """Torch's threads inside one operation, for the whole process; 0: as they are."""
+    if count:
+        torch.set_num_threads(count)
+
+
 def load_agent(
     run_dir: str | Path,
     *,
@@ -106,4 +112,13 @@ def load_agent(
     return agent, cfg, frames
 
 
-__all__ = ["AGENTS", "Agent", "PlannerAgent", "load_agent", "make_agent", "make_world_model", "resolve_device"]
+__all__ = [
+    "AGENTS",
+    "Agent",
+    "PlannerAgent",
+    "load_agent",
+    "make_agent",
+    "make_world_model",
+    "resolve_device",
+    "use_threads",
+]
