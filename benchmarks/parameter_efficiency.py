@@ -188,6 +188,8 @@ def earlier_rows(task: Task, path: Path, steps: int | None) -> dict[tuple[str, R
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         rows = {(row["model"], recipe_of(row)): row for row in result["rows"] if row["error"]}
+        for row in rows.values():  # JSON has no infinity: None is of a training that diverged
+            row["error"] = {name: math.inf if error is None else error for name, error in row["error"].items()}
         whole = rows and result["benchmark"] == "parameter_efficiency" and not result["quick"]
         parameters = {key: row["parameters"] for key, row in rows.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:

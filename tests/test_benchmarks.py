@@ -483,6 +483,15 @@ def test_seeds_are_added_to_an_earlier_result_at_its_rates(tmp_path, monkeypatch
     assert len(trained) == 12 and {row["learning_rate"] for row in full["rows"]} == {0.001}
     more = run(f"--seeds 3 --more-of {tmp_path / 'd.json'}", "e.json")
     assert [recipe.seed for recipe in trained] == [2] * 3 and more["rows"][:6] == full["rows"]
+    # A training that diverged has no error in JSON: an infinite one, than which every control is better.
+    first, *others = one["rows"]
+    lost = [first | {"error": dict.fromkeys(first["error"])}, *others]
+    (tmp_path / "lost.json").write_text(json.dumps(one | {"rows": lost}), encoding="utf-8")
+    again = run(f"--seeds 2 --more-of {tmp_path / 'lost.json'}", "b.json")
+    ratio = next(
+        name for name in again["headline"] if name.endswith(f"ratio, looped, {first['parameters']} parameters")
+    )
+    assert again["rows"][:3] == lost and "at most" in ratio
     unsized = [{k: v for k, v in row.items() if k != "parameters"} for row in one["rows"]]
     grown = [row | {"parameters": row["parameters"] + 1} for row in one["rows"]]
     renamed = [row | {"model": "gone"} for row in one["rows"]]
