@@ -80,7 +80,8 @@ def interval(values: Sequence[float], samples: int = 10_000) -> dict[str, float]
     """Mean and 95 % percentile-bootstrap interval over seeds."""
     x = np.asarray(values, float)
     draws = np.random.default_rng(0).choice(x, (samples, len(x))).mean(1)
-    low, high = np.percentile(draws, [2.5, 97.5])
+    with np.errstate(invalid="ignore"):  # of what diverged the ends are no numbers
+        low, high = np.percentile(draws, [2.5, 97.5])
     return {"value": round(float(x.mean()), 3), "low": round(float(low), 3), "high": round(float(high), 3)}
 
 
