@@ -62,6 +62,8 @@ def test_every_kind_of_agent_comes_back(discrete, loss, tmp_path):
             parameter.data.add_(torch.randn_like(parameter))
     agent.value.rescale(0.25)
     path = save_exported(tmp_path / "deep" / "x.safetensors", agent, cfg, 7)
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, "others may read it where they may read a file"
     assert path.stat().st_size < 1e6, "the default agent is meant to be small enough to ship"
     again, _, frames = load_agent(path)
     assert frames == 7 and again.discrete == discrete
