@@ -242,6 +242,8 @@ def main(arguments: list[str]) -> None:
     if earlier and args.quick:
         p.error("--more-of: not with --quick")
     ladder = sizes(task, args, folder, earlier)
+    if {name for name, _ in earlier} >= set(task.ladder):
+        args.rates = None  # nothing was chosen from them: the earlier result's stand in the rows
     if args.rates_in_full:
         ladder = choose_rates_in_full(task, ladder, seeds, folder, args)
     plan = [(key[0], replace(recipe, seed=seed)) for seed in seeds for key, recipe in ladder.items()]

@@ -479,6 +479,7 @@ def test_seeds_are_added_to_an_earlier_result_at_its_rates(tmp_path, monkeypatch
     two = run(f"--seeds 2 --more-of {tmp_path / 'a.json'}", "b.json")
     assert [recipe.seed for recipe in trained] == [1] * 3 and two["rows"][:3] == one["rows"]
     assert all(row["learning_rate"] == rates[row["model"]] for row in two["rows"]) and len(two["rows"]) == 6
+    assert "rates" not in two["options"], "which were not chosen from"
     full = run("--seeds 2 --rates-in-full", "d.json")  # of two rates, three sizes and two seeds
     assert len(trained) == 12 and {row["learning_rate"] for row in full["rows"]} == {0.001}
     more = run(f"--seeds 3 --more-of {tmp_path / 'd.json'}", "e.json")
