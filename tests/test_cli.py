@@ -19,7 +19,6 @@ import evaluate
 import train
 from agents import load_agent
 from loopwm import config
-from loopwm.config import load_config
 from loopwm.training import run_dir as run_dir_module
 from loopwm.training import trainer as trainer_module
 from loopwm.training.checkpoint import CheckpointError, Checkpoints, lock_run
@@ -271,12 +270,12 @@ def test_resume_finds_the_newest_run_of_the_same_settings(tmp_path, monkeypatch)
 def test_a_program_trains_as_the_command_line_does(tmp_path):
     """What it returns is the run's; what is wrong is raised, and nothing is left locked."""
     words = [*SHORT, f"run_dir={tmp_path / 'x'}"]
-    summary, run_dir = train.train(load_config(words))
+    summary, run_dir = train.train(config.load_config(words))
     assert run_dir == tmp_path / "x" and summary == json.loads((run_dir / "summary.json").read_text())
     assert summary["finished"] and load_agent(run_dir)[2] == summary["frames"]
     with pytest.raises(CheckpointError, match="already holds a run"):
-        train.train(load_config(words))
-    assert train.train(load_config([*words, "frames=70", "resume=true"]))[0]["frames"] == 70
+        train.train(config.load_config(words))
+    assert train.train(config.load_config([*words, "frames=70", "resume=true"]))[0]["frames"] == 70
     assert run(tmp_path / "y", *SHORT, "frames=70") == 0
     ours, theirs = (load_agent(tmp_path / name)[0].policy.state_dict() for name in "xy")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
