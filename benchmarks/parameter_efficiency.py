@@ -64,8 +64,12 @@ def parameters_for(error: float, points: list[tuple[float, float]]) -> tuple[flo
     """(parameters of equal error on the controls' front, what kind of figure that is).
 
     Interpolated linearly in the logarithms of both, and then exact (""). Where no control reaches the error it is the
-    size of the best of them, and "at least" so many; where all are better, that of the smallest, and "at most".
+    size of the best of them, and "at least" so many; where all are better, that of the smallest, and "at most". Where
+    all diverged (an error of infinity) the best of them is the largest, and what diverged itself reaches none of them.
     """
+    if all(math.isinf(e) for _, e in points):
+        sizes = [n for n, _ in points]
+        return (min(sizes), "at most ") if math.isinf(error) else (max(sizes), "at least ")
     line = [(math.log(n), math.log(max(e, FLOOR))) for n, e in front(points)]
     goal = math.log(max(error, FLOOR))
     if goal < line[-1][1]:
@@ -99,8 +103,10 @@ def draw(task: Task, rows: list[dict], path: Path) -> None:
     for axes, measure in zip(panels[0], measures, strict=True):
         for model, color in zip(task.ladder, COLORS, strict=False):
             mine = [(r["parameters"], max(r["error"][measure], FLOOR)) for r in rows if r["model"] == model]
-            axes.plot(*zip(*mine, strict=True), ".", color=color, alpha=0.5)
             line = front(means(rows, model, measure))
+            if not line:  # every training of every size diverged
+                continue
+            axes.plot(*zip(*mine, strict=True), ".", color=color, alpha=0.5)
             axes.plot(*zip(*((n, max(e, FLOOR)) for n, e in line), strict=True), "o-", color=color, ms=4, label=model)
         axes.set(xscale="log", yscale="log", xlabel="parameters", title=f"{task.name}: {measure}")
         axes.grid(alpha=0.25)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -393,6 +394,14 @@ def test_parameters_of_equal_error_are_read_off_the_controls_front():
     assert parameter_efficiency.parameters_for(0.4, points) == (pytest.approx(100), "")
     assert parameter_efficiency.parameters_for(0.9, points) == (pytest.approx(100), "at most ")
     assert parameter_efficiency.parameters_for(0.001, points) == (pytest.approx(10_000), "at least ")
+
+
+def test_parameters_of_equal_error_where_trainings_diverged():
+    some, none = [(100, math.inf), (1000, 0.04)], [(100, math.inf), (1000, math.inf)]
+    assert parameter_efficiency.parameters_for(0.01, some) == (pytest.approx(1000), "at least ")
+    assert parameter_efficiency.parameters_for(0.01, none) == (1000, "at least ")
+    for points in (some, none):
+        assert parameter_efficiency.parameters_for(math.inf, points)[1] == "at most "
 
 
 def test_the_ratio_says_when_no_control_reaches_the_loop_and_when_the_loop_loses():
