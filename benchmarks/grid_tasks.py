@@ -29,6 +29,7 @@ MODELS = {  # name in the tables: recipe
     "wide": Recipe("wide"),
     "wide, sees all": Recipe(WHOLE),
     "single_pass": Recipe("single_pass"),
+    "deep_thin": Recipe("deep_thin"),
     "looped, certified": Recipe("looped", "certified", 24),
     "looped, from h0 only": Recipe("looped"),
     "looped, certified in the sup norm": Recipe("looped", "certified", hidden=16, layers=(2, 1, 1), block="rank"),
@@ -40,6 +41,7 @@ LADDER = {
     "wide": ((32, 16),),
     "wide, sees all": ((16, 16), (32, 16)),
     "single_pass": ((32, 16),),
+    "deep_thin": ((32, 16),),
 }
 
 
@@ -224,6 +226,7 @@ class Permutation(GridTask):
         "wide": Recipe("wide"),
         "wide, sees all": Recipe(WHOLE),
         "single_pass": Recipe("single_pass"),
+        "deep_thin": Recipe("deep_thin"),
         "looped, fixed depth": Recipe("looped", fixed=True),
     }
     ladder = LADDER | {"looped, fixed depth": LADDER["looped"]}
