@@ -48,7 +48,7 @@ def test_the_verdict_counts_seeds():
     def row(way: str, seed: int, error: float) -> dict:
         return {"way": way, "seed": seed, "seconds": 1.0, "error": {"1 step": error}}
 
-    errors = {way: (0.5, 0.5) for way in benchmark.WAYS} | {"deferred": (0.4, 0.7)}
+    errors = dict.fromkeys(benchmark.WAYS, (0.5, 0.5)) | {"deferred": (0.4, 0.7)}
     rows = [row(way, seed, error) for way, both in errors.items() for seed, error in enumerate(both)]
     headline, sentence = benchmark.verdict(rows)
     assert "deferred: +10% at 1 step (lower on 1 of 2 seeds)" in sentence
