@@ -1,7 +1,7 @@
 """Does the loop help the agent? Interquartile means over tasks and seeds, and the probability of improvement.
 
-python -m benchmarks.compare docs/results/returns_*.csv --frames 100000
-python -m benchmarks.compare docs/results/returns_*.csv --frames 100000 --dynamics looped wide --task walker-run
+python -m benchmarks.compare docs/results/returns_100k.csv docs/results/single_pass_100k.csv --frames 100000
+python -m benchmarks.compare docs/results/returns_100k.csv docs/results/controls_40k.csv --frames 40000 --task cup-catch
 
 By rliable (Agarwal et al. 2021, arXiv 2108.13264): stratified bootstrap over the seeds of each task. Returns are
 divided by 1000, the most that a DMC task gives. Needs ``pip install -e '.[stats]'``. And the differences paired by

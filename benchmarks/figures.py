@@ -1,4 +1,7 @@
-"""Learning curves of benchmark results as PNG: python -m benchmarks.figures docs/results/*.json --out docs/figures"""
+"""Learning curves of results of benchmarks.returns, JSON or CSV, as PNG.
+
+python -m benchmarks.figures docs/results/default_100k.json docs/results/default_100k_seed2.csv --out docs/figures
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,20 @@ def published(path: Path | None, task: str) -> dict[str, list[tuple[int, float]]
             if f"dmc/{row['task']}" == task and row["method"] in ANCHORS:
                 curves.setdefault(row["method"], []).append((int(row["frames"]), float(row["mean"])))
     return curves
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Task, dynamics, seed and curve [(env frames, return), ...] of the runs in a JSON or CSV of benchmarks.returns."""
+    if path.suffix != ".csv":
+        result = json.loads(path.read_text())
+        return result["rows"] if result["benchmark"] == "returns" else []
+    curves: dict[tuple[str, str, int], list[tuple[int, float]]] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            task = row["task"] if "/" in row["task"] else f"dmc/{row['task']}"  # a CSV leaves the suite of DMC out
+            point = (int(row["frames"]), float(row["return"]))
+            curves.setdefault((task, row["dynamics"], int(row["seed"])), []).append(point)
+    return [{"task": task, "dynamics": d, "seed": seed, "curve": c} for (task, d, seed), c in curves.items()]
 
 
 def count(seeds: int) -> str:
@@ -131,7 +148,7 @@ def film(run_dir: Path, out: Path) -> Path:
 
 def main(arguments: list[str]) -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("results", type=Path, nargs="*", help="JSON files of benchmarks.returns")
+    p.add_argument("results", type=Path, nargs="*", help="JSON or CSV files of benchmarks.returns")
     p.add_argument("--out", type=Path, default=Path("docs/figures"))
     p.add_argument("--before", type=Path, nargs="*", default=[], help="likewise, of another default: in another colour")
     p.add_argument("--published", type=Path, help="csv of published returns, drawn as dashed lines")
@@ -142,8 +159,7 @@ def main(arguments: list[str]) -> None:
         print(film(args.film, args.out))
     by_task: dict[str, list[dict]] = {}
     for path, name in [*((path, BEFORE) for path in args.before), *((path, "{}") for path in args.results)]:
-        result = json.loads(path.read_text())
-        for row in result["rows"] if result["benchmark"] == "returns" else []:
+        for row in read_rows(path):
             by_task.setdefault(row["task"], []).append(row | {"dynamics": name.format(row["dynamics"])})
     if args.grid and by_task:
         print(draw_grid(by_task, args.grid, args.published))

@@ -626,6 +626,25 @@ def test_figures_tell_two_defaults_apart(tmp_path, monkeypatch):
     assert found == {"a (2 seeds)": ["looped, before"] * 2 + ["looped"] * 2, "b (2 seeds)": ["looped"] * 2}
 
 
+def test_figures_read_the_csv_of_a_result(tmp_path):
+    lines = ["task,dynamics,seed,frames,return,frames_per_second,commit"]
+    for task, seed in (("cup-catch", 0), ("cup-catch", 1), ("gym/CartPole-v1", 0)):
+        lines += [f"{task},looped,{seed},{frames},{frames + seed}.5,100,abc" for frames in (20_000, 40_000)]
+    (tmp_path / "x.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = figures.read_rows(tmp_path / "x.csv")
+    assert [(row["task"], row["seed"]) for row in rows] == [
+        ("dmc/cup-catch", 0),
+        ("dmc/cup-catch", 1),
+        ("gym/CartPole-v1", 0),
+    ]
+    assert rows[1] == {
+        "task": "dmc/cup-catch",
+        "dynamics": "looped",
+        "seed": 1,
+        "curve": [(20_000, 20_001.5), (40_000, 40_001.5)],
+    }
+
+
 # ---- time_to_score --------------------------------------------------------------------------------------
 
 
