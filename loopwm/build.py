@@ -44,6 +44,7 @@ def _make_dynamics(cfg: Config, action_dim: int, latent_norm: nn.Module, side: i
         mode=d.mode,
         gamma=d.gamma,
         injection=d.injection,
+        activation=d.activation,
         skip=d.skip,
         depth_sampler=d.depth_sampler,
         halt_tolerance=d.halt_tolerance,

@@ -43,6 +43,7 @@ Block = Annotated[str, OneOf(("mlp", "conv", "rank"))]
 GRID_BLOCKS = ("conv", "rank")
 LayerOrder = Annotated[str, OneOf(("abab", "aabb"))]
 Injection = Annotated[str, OneOf(("zoh", "euler", "additive"))]
+LoopActivation = Annotated[str, OneOf(("relu", "tanh", "silu"))]
 # not `gate`, which the agents train none of, nor `random`, a control with a random stream that no run would save
 Halting = Annotated[str, OneOf(("residual", "fixed", "second_difference", "certified", "prediction"))]
 ValueLoss = Annotated[str, OneOf(("auto", "huber", "two_hot"))]
@@ -106,6 +107,7 @@ class DynamicsConfig(Section):
     mode: LoopMode = "certified"  # certified, lipsdp: the loop contracts; linear: as published; soft: with a penalty
     gamma: Fraction = 0.95  # share of the contraction margin the certified block may use, in (0, 1)
     injection: Injection = "zoh"  # how the prelude enters each loop
+    activation: LoopActivation = "relu"  # of the block; relu is the fastest, rank has none
     skip: bool = False  # a matrix on the loop state beside the block; not in mode certified
     halting: Halting = "residual"  # rule by which a sample stops where no depth is asked for, as with plan_loops=0
     halt_tolerance: Positive = 0.01  # its one number; certified: a distance, prediction: a return, else relative
@@ -130,6 +132,8 @@ class DynamicsConfig(Section):
         if self.block == "rank" and self.block_dim % self.hidden_dim:
             needed = f"dynamics.block=rank needs a multiple of dynamics.hidden_dim={self.hidden_dim}"
             raise ConfigError(f"dynamics.block_dim={self.block_dim}: {needed}")
+        if self.mode == "lipsdp" and self.activation == "silu":
+            raise ConfigError("dynamics.activation=silu: dynamics.mode=lipsdp needs relu or tanh")
         if self.skip and self.mode == "certified":
             raise ConfigError("dynamics.skip=true: needs dynamics.mode=lipsdp, linear or soft")
         if self.gradient == "implicit" and self.order == "aabb":

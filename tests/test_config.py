@@ -62,6 +62,7 @@ MISTAKES = [
     (["dynamics.halting=residul"], "mean residual"),
     (["dynamics.halting=certified", "dynamics.mode=linear"], "dynamics.halting=certified: needs dynamics.mode=cert"),
     (["dynamics.skip=true"], "dynamics.skip=true: needs dynamics.mode=lipsdp"),
+    (["dynamics.mode=lipsdp", "dynamics.activation=silu"], "dynamics.activation=silu: dynamics.mode=lipsdp needs relu"),
     (["encoder=grid", "dynamics.block_dim=50"], "dynamics.block_dim=50: dynamics.block=rank needs a multiple of"),
     (["encoder=grid", "size=small"], "needs a multiple of dynamics.hidden_dim=64"),
     (["dynamics.block=conv"], "encoder=mlp, dynamics.block=conv: needs encoder=grid"),

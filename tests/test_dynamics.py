@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -60,6 +61,28 @@ def inputs(batch: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     stream = generator(seed)
     z = torch.randn(batch, Z, generator=stream, dtype=DOUBLE)
     return z, torch.randn(batch, A, generator=stream, dtype=DOUBLE)
+
+
+# ---- sizes and shapes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["looped", "stacked"])
+@pytest.mark.parametrize("name", ["latent_dim", "action_dim", "hidden_dim", "block_dim"])
+@pytest.mark.parametrize("size", [0, -4])
+def test_sizes_below_one_are_refused(kind, name, size):
+    sizes = {"latent_dim": Z, "action_dim": A, "hidden_dim": D} | {name: size}
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got {size}"):
+        DYNAMICS[kind](**sizes)
+
+
+@pytest.mark.parametrize("kind", ["looped", "stacked"])
+@pytest.mark.parametrize(
+    ("z", "action"), [((3, Z), (2, A)), ((3, Z + 1), (3, A)), ((3, Z), (3, A + 1)), ((3, Z - 1), (3, A + 1))], ids=str
+)
+def test_latents_and_actions_of_other_shapes_are_named(kind, z, action):
+    dynamics = DYNAMICS[kind](Z, A, D)
+    with pytest.raises(ValueError, match=re.escape(f"z (B, {Z}) and action (B, {A}), got {z} and {action}")):
+        dynamics(torch.zeros(z), torch.zeros(action), 2)
 
 
 # ---- spectral norm -------------------------------------------------------------------------------

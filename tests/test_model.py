@@ -9,7 +9,7 @@ from torch import nn
 
 from loopwm.build import make_world_model
 from loopwm.config import load_config
-from loopwm.dynamics import DYNAMICS, DynamicsOutput, LatentNorm
+from loopwm.dynamics import DYNAMICS, Cell, DynamicsOutput, LatentNorm
 from loopwm.dynamics.flat import to_grid
 from loopwm.model import ENCODERS, MLPEncoder, Rollout, WorldModel
 from loopwm.model.decoders import LinearDecoder
@@ -417,3 +417,11 @@ def test_a_world_model_of_grids_from_a_config(name, block, mode):
     near = torch.tensor([[1, 1, 1], [1, 1, 1], [0, 0, 0]] if block == "conv" else [[1, 1, 1], [0, 1, 0], [0, 0, 0]])
     if name == "looped":  # the action is on the second cell of the first row: one loop carries it to its neighbours
         assert not moved.any(1)[:, near == 0].any() and moved.any(1)[:, 0, 1].all()
+
+
+@pytest.mark.parametrize(("words", "activation"), [([], torch.relu), (["dynamics.activation=tanh"], torch.tanh)])
+@pytest.mark.parametrize("dynamics", DYNAMICS)
+def test_the_blocks_activation_is_a_setting(dynamics, words, activation):
+    cfg = load_config(["task=dmc/cup-catch", f"dynamics={dynamics}", *words])
+    cells = [module for module in make_world_model(cfg, 8, 2).dynamics.modules() if isinstance(module, Cell)]
+    assert cells and all(cell.activation is activation for cell in cells)

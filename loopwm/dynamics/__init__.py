@@ -6,7 +6,7 @@ out = dynamics(z, action, depth=16)  # exactly 16 loops
 out.early()                          # what an earlier loop would have predicted, for a loss on early exits
 
 Registries name the variants: ``DYNAMICS``, ``BLOCKS``, ``ORDERS``, ``MODES``, ``DEPTH_SAMPLERS``, ``HALTING``,
-``SOLVERS``, ``GRADIENTS``.
+``SOLVERS``, ``GRADIENTS``, ``INJECTIONS``, ``ACTIVATIONS``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from loopwm.dynamics.architecture import BLOCKS, Architecture
 from loopwm.dynamics.base import Dynamics, DynamicsOutput, LatentNorm
-from loopwm.dynamics.cell import MODES, Cell
+from loopwm.dynamics.cell import ACTIVATIONS, INJECTIONS, MODES, Cell
 from loopwm.dynamics.controls import DeepThinDynamics, SinglePassDynamics, StackedDynamics, WideDynamics
 from loopwm.dynamics.depth import DEPTH_SAMPLERS, DepthSchedule, sample_depths
 from loopwm.dynamics.gradients import GRADIENTS, ImplicitGradient, UnrolledGradient
@@ -43,11 +43,13 @@ DYNAMICS: dict[str, type[nn.Module]] = {
 }
 
 __all__ = [
+    "ACTIVATIONS",
     "BLOCKS",
     "DEPTH_SAMPLERS",
     "DYNAMICS",
     "GRADIENTS",
     "HALTING",
+    "INJECTIONS",
     "MODES",
     "ORDERS",
     "SOLVERS",

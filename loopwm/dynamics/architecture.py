@@ -39,7 +39,8 @@ class Architecture:
         The rest: see ``Cell``.
 
     Raises:
-        ValueError: unknown block or order, a number of layers below one, or a side for a block that is not for grids.
+        ValueError: unknown block or order, a size or a number of layers below one, or a side for a block that is not
+        for grids.
     """
 
     latent_dim: int
@@ -63,7 +64,8 @@ class Architecture:
         for value, known, what in ((self.block, BLOCKS, "block"), (self.order, ORDERS, "order")):
             if value not in known:
                 raise ValueError(f"unknown {what} {value!r}; choose from {', '.join(known)}")
-        for name in ("prelude_layers", "block_layers", "coda_layers"):
+        sizes = ("latent_dim", "action_dim", "hidden_dim", *(() if self.block_dim is None else ("block_dim",)))
+        for name in (*sizes, "prelude_layers", "block_layers", "coda_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.side and not issubclass(self.kind.prelude, GridPrelude):

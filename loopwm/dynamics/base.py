@@ -173,6 +173,7 @@ class Prelude(nn.Module):
 
     def __init__(self, latent_dim: int, action_dim: int, hidden_dim: int, layers: int = 1):
         super().__init__()
+        self.latent_dim, self.action_dim = latent_dim, action_dim
         widths = [latent_dim + action_dim] + [hidden_dim] * layers
         modules: list[nn.Module] = []
         for i, (width_in, width_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
@@ -181,7 +182,10 @@ class Prelude(nn.Module):
         self.layers = nn.Sequential(*modules)
 
     def forward(self, z: Tensor, action: Tensor) -> Tensor:
-        """z (B, Z), action (B, A) -> e (B, D)."""
+        """z (B, Z), action (B, A) -> e (B, D). Raises ValueError: other widths, or not as many of both."""
+        if (*z.shape[:-1], self.latent_dim, self.action_dim) != (*action.shape[:-1], z.shape[-1], action.shape[-1]):
+            wanted = f"z (B, {self.latent_dim}) and action (B, {self.action_dim})"
+            raise ValueError(f"the dynamics take {wanted}, got {tuple(z.shape)} and {tuple(action.shape)}")
         return self.layers(torch.cat([z, action], -1))
 
 

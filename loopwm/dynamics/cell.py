@@ -74,8 +74,9 @@ class Cell(nn.Module):
     (``DynamicsOutput.jacobian_penalty``) for the loss to weigh.
 
     Args:
-        hidden_dim: D, width of h. block_dim: inner width of the block. gamma: in (0, 1), share of the head-room that
-        the block may use. injection: ``zoh`` Bbar = (1 - Abar) / -A * B, ``euler`` dt * B, ``additive`` 1.
+        hidden_dim: D, width of h. block_dim: inner width of the block. mode: a name in ``MODES``, see above.
+        gamma: in (0, 1), share of the head-room that the block may use. activation: s, a name in ``ACTIVATIONS``.
+        injection: ``zoh`` Bbar = (1 - Abar) / -A * B, ``euler`` dt * B, ``additive`` 1.
         skip: whether the block has a linear layer W0 h beside its own (block ``mlp``).
 
     Raises:

@@ -101,7 +101,8 @@ class LoopedDynamics(nn.Module):
         at a depth too small to reach it, h0 becomes a memory beside z.
 
         Raises:
-            ValueError: depth < 1, a depth tensor whose length is not B, or h0 of another shape than the state.
+            ValueError: depth < 1, a depth tensor whose length is not B, h0 of another shape than the state, or (block
+            ``mlp``) z or action of another width.
         """
         h, results = first_state(self.start, z, h0), []
         stages = self.cell.stages(self.prelude(z, action))
@@ -134,7 +135,11 @@ class LoopedDynamics(nn.Module):
         return penalty
 
     def run_loops(self, loop: Loop, h: Tensor, depth: Depth, z: Tensor) -> LoopResult:
-        """Apply a prepared loop to h (B, ...) as ``depth`` says, on the way from z (B, ...); see ``forward``."""
+        """Apply a prepared loop to h (B, ...) as ``depth`` says, on the way from z (B, ...); see ``forward``.
+
+        Raises:
+            ValueError: depth < 1, or no depth at all, or a depth tensor whose length is not B.
+        """
         if depth is None:
             rule, solver = self.halting.begin(self, h, z), self.solver.begin(self.cell.norm_order)
             return loop_adaptive(loop, h, rule, solver, self.min_loops, self.max_loops)
@@ -226,6 +231,9 @@ class LoopedDynamics(nn.Module):
 
     def lipschitz_bound(self) -> float:
         """True upper bound on the contraction factor rho of one loop, by exact singular values.
+
+        In the norm of h that the block's ``norm_order`` names: the Euclidean one (2), of block ``rank`` the largest
+        entry (infinity). Where the mode certifies nothing it may be any number; infinite once a weight is none.
 
         Kept until a parameter of the cell changes. They are compared entry by entry, which costs a fortieth of the
         singular values: no other sign of a change (version counters, say) is safe from writes through ``.data``.

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class ResidualHalting(HaltingRule):
-    """Stop when ||h[t+1] - h[t]|| / ||h[t]|| < tolerance. Raises ValueError unless tolerance > 0."""
+    """Stop when ||h[t+1] - h[t]|| / ||h[t]|| < tolerance. Raises ValueError unless tolerance > 0.
+
+    By which solvers of fixed points stop, as in deep equilibrium models (1909.01377).
+    """
 
     def __init__(self, tolerance: float = 0.01):
         super().__init__()
@@ -102,6 +105,8 @@ class _CertifiedRun:
 
 class PredictionHalting(HaltingRule):
     """Stop when what is read off the state no longer changes: max_k |r(z, h[t+1])_k - r(z, h[t])_k| < tolerance.
+
+    An exit by predictions that stay as they are, as of classifiers in PABEE (2006.04152), here by their change.
 
     Args:
         tolerance: in the units of the read-out. readout: the latents z (n, ...) that the predictions start from and
