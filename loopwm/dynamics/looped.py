@@ -104,8 +104,8 @@ class LoopedDynamics(nn.Module):
             ValueError: depth < 1, a depth tensor whose length is not B, h0 of another shape than the state, or (block
             ``mlp``) z or action of another width.
         """
-        h, results = first_state(self.start, z, h0), []
         stages = self.cell.stages(self.prelude(z, action))
+        h, results = first_state(self.start, z, h0), []
         for loop in stages:
             results.append(self.gradient(self, loop, h, depth, z))
             h = results[-1].h
