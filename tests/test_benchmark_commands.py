@@ -1,0 +1,68 @@
+"""The laboratory's benchmarks as a user runs them: command, trainings, figure and JSON, with models of few weights."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import adaptive_depth, depth_extrapolation, parameter_efficiency, training_flops
+from benchmarks.grid_tasks import Permutation
+
+TINY = {"hidden": 4, "loops": 8}  # so that a quarter of them is a depth, of half of them too
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """(benchmark, its own words) -> its JSON, of tiny models of every kind on permutations."""
+    kinds = ("looped", "stacked", "single_pass")
+    monkeypatch.setattr(Permutation, "models", {name: replace(Permutation.models[name], **TINY) for name in kinds})
+    monkeypatch.setattr(Permutation, "ladder", dict.fromkeys(kinds, ((4, 8), (6, 8))))
+    monkeypatch.setattr(adaptive_depth, "TOLERANCES", (1.0, 0.01))
+
+    def command(benchmark, *words: str) -> dict:
+        files = {"--json": tmp_path / "x.json", "--figure": tmp_path / "x.png", "--runs": tmp_path / "runs"}
+        told = [str(word) for pair in files.items() for word in pair]
+        benchmark.main(["--quick", "--task", "permutation", "--steps", "8", "--jobs", "1", *told, *words])
+        assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+        result = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+        assert result["quick"] and result["task"] == "permutation" and result["seeds"] == [0]
+        assert result["headline"] and all(math.isfinite(value["value"]) for value in result["headline"].values())
+        return result
+
+    return command
+
+
+def test_parameter_efficiency(run):
+    result = run(parameter_efficiency, "--rates", "0.001", "0.002", "--rates-in-full")
+    assert [(row["model"], row["hidden"]) for row in result["rows"]] == [
+        (name, hidden) for name in ("looped", "stacked", "single_pass") for hidden in (4, 6)
+    ]
+    assert all(row["learning_rate"] in (0.001, 0.002) and row["steps"] == 8 for row in result["rows"])
+    assert result["verdict"].startswith("up to 8 letters: at an error of ")
+
+
+def test_depth_extrapolation(run):
+    result = run(depth_extrapolation)
+    looped = [row for row in result["rows"] if row["model"] == "looped"]
+    assert [row["depth"] for row in looped] == depth_extrapolation.depths_of(Permutation.models["looped"])
+    assert len(result["rows"]) == len(looped) + 2
+    assert set(looped[0]["error"]) == {"1-2", "3-4", "5-8", "9-16", "17-32"}
+    assert "for the controls' FLOPs of 8" in result["verdict"]
+
+
+def test_adaptive_depth(run):
+    result = run(adaptive_depth)
+    full = adaptive_depth.FULL * TINY["loops"]
+    rules = {row["rule"]: row for row in result["rows"]}
+    assert {adaptive_depth.FIXED, "residual", "prediction", "gate"} <= set(rules)
+    assert all(1.0 <= row["loops"] <= full for row in rules.values())
+    assert f"{full} loops" in result["verdict"]
+
+
+def test_training_flops(run):
+    result = run(training_flops)
+    by_name = {row["variant"]: row for row in result["rows"]}
+    assert by_name["stacked"]["steps_to_goal"] is not None
+    assert by_name["stacked"]["speedup"] == 1.0  # it is measured against itself
+    assert all(row["flops_per_update"] > 0 and row["curve"] for row in by_name.values())
