@@ -62,9 +62,10 @@ class Training(NamedTuple):
     learning_rate: float
     seed: int
     steps: int
+    each: int  # test windows
 
     def path(self, folder: Path) -> Path:
-        return folder / f"{self.way}_{self.learning_rate:g}_{self.seed}_{self.steps}.json"
+        return folder / f"{self.way}_{self.learning_rate:g}_{self.seed}_{self.steps}_{self.each}.json"
 
 
 def make_model(obs_dim: int, action_dim: int, seed: int) -> WorldModel:
@@ -94,7 +95,7 @@ def errors(task: Control, model: WorldModel, data: Examples) -> Tensor:
     return task.errors(model.decode(rollout.z[1:]).movedim(0, 1), data.target)
 
 
-def train(task: Control, training: Training, folder: Path, each: int) -> dict:
+def train(task: Control, training: Training, folder: Path) -> dict:
     """Train and evaluate one model; what stands in its file already is read from there."""
     path = training.path(folder)
     if path.exists():
@@ -117,7 +118,7 @@ def train(task: Control, training: Training, folder: Path, each: int) -> dict:
         adam.step()
         scheduler.step()
     seconds = round(time.perf_counter() - start, 1)
-    test = errors(task, model, task.examples(each, 0, TEST))
+    test = errors(task, model, task.examples(training.each, 0, TEST))
     row = training._asdict() | {
         "seconds": seconds,
         "validation": math.sqrt(float(errors(task, model, task.examples(4000, 0, VALIDATION)).mean())),
@@ -132,10 +133,10 @@ def train(task: Control, training: Training, folder: Path, each: int) -> dict:
 
 def train_all(task: Control, trainings: Iterable[Training], folder: Path, args: argparse.Namespace) -> list[dict]:
     """The rows of ``trainings``, ``args.jobs`` of them trained at a time."""
-    task.steps(TRAINING), task.steps(VALIDATION), task.steps(TEST)  # collected once, not by every process
-    each = 100 if args.quick else 1000
+    for data in (TRAINING, VALIDATION, TEST):
+        task.steps(data)  # collected once, not by every process
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
-        found = [pool.submit(train, task, training, folder, each) for training in trainings]
+        found = [pool.submit(train, task, training, folder) for training in trainings]
         return [row.result() for row in found]
 
 
@@ -166,13 +167,13 @@ def main(arguments: list[str]) -> None:
     args = p.parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task / "deferred"
     steps = args.steps or (QUICK_STEPS if args.quick else STEPS)
-    rates, seeds = (args.rates[:1], range(1)) if args.quick else (args.rates, range(args.seeds))
-    tried = train_all(task, [Training(way, rate, 0, steps) for way in WAYS for rate in rates], folder, args)
+    rates, seeds, each = (args.rates[:1], range(1), 100) if args.quick else (args.rates, range(args.seeds), 1000)
+    tried = train_all(task, [Training(way, rate, 0, steps, each) for way in WAYS for rate in rates], folder, args)
     best = {
         way: min((r for r in tried if r["way"] == way), key=lambda r: np.nan_to_num(r["validation"], nan=np.inf))
         for way in WAYS
     }
-    plan = [Training(way, best[way]["learning_rate"], seed, steps) for seed in seeds for way in WAYS]
+    plan = [Training(way, best[way]["learning_rate"], seed, steps, each) for seed in seeds for way in WAYS]
     rows = train_all(task, plan, folder, args)
     report("deferred_decoding", args, seeds, rows, *verdict(rows))
 

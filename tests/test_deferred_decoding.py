@@ -64,7 +64,7 @@ def test_the_command_trains_every_way_and_keeps_what_it_has_trained(tmp_path, mo
     assert [row["way"] for row in result["rows"]] == list(benchmark.WAYS)
     assert all(np.isfinite(list(row["error"].values())).all() for row in result["rows"])
     assert set(result["rows"][0]["error"]) == {"1 step", "5 steps", "20 steps", "50 steps"}
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*_2.json")}
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*_2_100.json")}
     assert len(kept) == len(benchmark.WAYS)
     benchmark.main(words)  # nothing is trained again
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
