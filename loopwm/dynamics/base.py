@@ -28,6 +28,7 @@ class LatentNorm(nn.Module):
         self.shape = (latent_dim,)
 
     def forward(self, z: Tensor) -> Tensor:
+        """z (..., Z) -> (..., Z)."""
         return nn.functional.layer_norm(z, self.shape)
 
 

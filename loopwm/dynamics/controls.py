@@ -77,7 +77,7 @@ class StackedDynamics(nn.Module):
         """Predict the next latent: z (B, Z), action (B, A) -> ``DynamicsOutput``; h0 as in ``LoopedDynamics``.
 
         Raises:
-            ValueError: h0 of another shape than the state.
+            ValueError: h0 of another shape than the state, or (block ``mlp``) z or action of another width.
         """
         e, h = self.prelude(z, action), first_state(self.start, z, h0)
         previous = h
@@ -100,6 +100,7 @@ class StackedDynamics(nn.Module):
             yield
 
     def sample_depth(self, batch: int, generator: torch.Generator | None = None) -> Depth:
+        """The depth that there is; nothing is drawn."""
         return self.mean_loops
 
     def lipschitz_bound(self) -> float:

@@ -35,6 +35,7 @@ class UnrolledGradient:
         """Any dynamics will do."""
 
     def __call__(self, dynamics: LoopedDynamics, loop: Callable, h: Tensor, depth: Depth, z: Tensor) -> LoopResult:
+        """Loop h (B, ...) as ``depth`` says, see ``LoopedDynamics.run_loops``; every loop is differentiated."""
         return dynamics.run_loops(loop, h, depth, z)
 
 
@@ -68,6 +69,7 @@ class ImplicitGradient:
             raise ValueError("gradient 'implicit' trains the last layer of order 'aabb' alone; choose order 'abab'")
 
     def __call__(self, dynamics: LoopedDynamics, loop: Callable, h: Tensor, depth: Depth, z: Tensor) -> LoopResult:
+        """Loop h (B, ...) as ``depth`` says; the gradient is that of the fixed point, whatever loops led there."""
         with torch.no_grad():
             result = dynamics.run_loops(loop, h, depth, z)
         if not torch.is_grad_enabled():
