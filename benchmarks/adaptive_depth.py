@@ -168,13 +168,13 @@ def fixed_depth(task: Task, model: nn.Module, check: Examples, data: Examples, f
 
 def draw(task: Task, rows: list[dict], full: int, path: Path) -> None:
     """Loops by difficulty of each rule, mean over seeds."""
-    figure, axes = plt.subplots(figsize=(6.4, 3.8), dpi=130)
+    figure, axes = plt.subplots(figsize=(8.2, 3.8), dpi=130)
     for name in dict.fromkeys(row["rule"] for row in rows if "loops_by_difficulty" in row):
         mine = [row["loops_by_difficulty"] for row in rows if row["rule"] == name]
         axes.plot(list(mine[0]), [np.mean([r[k] for r in mine]) for k in mine[0]], marker="o", ms=3, label=name)
     axes.set(xlabel=f"{task.unit} of the step", ylabel=f"loops (full depth: {full})", title=task.name)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1.0))  # off the lines
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
