@@ -107,7 +107,7 @@ class DynamicsConfig(Section):
     mode: LoopMode = "certified"  # certified, lipsdp: the loop contracts; linear: as published; soft: with a penalty
     gamma: Fraction = 0.95  # share of the contraction margin the certified block may use, in (0, 1)
     injection: Injection = "zoh"  # how the prelude enters each loop
-    activation: LoopActivation = "relu"  # of the block; relu is the fastest, rank has none
+    activation: LoopActivation = "relu"  # of the block (rank has none); loops of relu alone run fused
     skip: bool = False  # a matrix on the loop state beside the block; not in mode certified
     halting: Halting = "residual"  # rule by which a sample stops where no depth is asked for, as with plan_loops=0
     halt_tolerance: Positive = 0.01  # its one number; certified: a distance, prediction: a return, else relative
