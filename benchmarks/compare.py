@@ -11,7 +11,6 @@ all. Seeds that some task or dynamics lacks are left out.
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,12 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.ablations import paired
-from benchmarks.harness import parser, report
+from benchmarks.harness import parser, read_returns, report
 from loopwm.config import ConfigError
 
 MOST = 1000.0  # return of a DMC episode
 Scores = dict[str, dict[str, dict[int, float]]]  # dynamics -> task -> seed -> return
-COLUMNS = ("task", "dynamics", "seed", "frames", "return")
 
 
 def read_scores(paths: Iterable[Path], frames: int) -> Scores:
@@ -35,13 +33,9 @@ def read_scores(paths: Iterable[Path], frames: int) -> Scores:
     """
     scores: Scores = {}
     for path in paths:
-        try:
-            with path.open(encoding="utf-8", newline="") as file:
-                rows = [tuple(row[name] for name in COLUMNS) for row in csv.DictReader(file)]
-            found = [(task, name, int(seed), float(value)) for task, name, seed, at, value in rows if int(at) == frames]
-        except (KeyError, ValueError, TypeError, csv.Error):  # ValueError: also what is no UTF-8
-            raise ConfigError(f"{path}: not a CSV of benchmarks.returns") from None
-        for task, name, seed, value in found:
+        for task, name, seed, at, value in read_returns(path):
+            if at != frames:
+                continue
             seeds = scores.setdefault(name, {}).setdefault(task, {})
             if seed in seeds:
                 raise ConfigError(f"{path}: {name} on {task} with seed {seed} at {frames} frames is there twice")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Iterable
@@ -27,10 +26,9 @@ from benchmarks.harness import interval, report
 from benchmarks.lab import TEST, TRAINING, VALIDATION, Examples
 from benchmarks.tasks import TASKS, lab_parser
 from benchmarks.vector_tasks import Control
-from loopwm.dynamics import LoopedDynamics
-from loopwm.model import MLPDecoder, MLPEncoder, WorldModel, decoding_horizon, deferred_decoding_loss
+from benchmarks.walker_models import LOOPS, make_model
+from loopwm.model import WorldModel, decoding_horizon, deferred_decoding_loss
 
-LATENT, LOOPS, MAX_LOOPS = 64, 4, 8  # the default agent's sizes
 BATCH, STEPS, QUICK_STEPS = 256, 2000, 100
 RATES = (1e-3, 2e-3, 4e-3)
 BASE = "every"
@@ -68,14 +66,6 @@ class Training(NamedTuple):
         return folder / f"{self.way}_{self.learning_rate:g}_{self.seed}_{self.steps}_{self.each}.json"
 
 
-def make_model(obs_dim: int, action_dim: int, seed: int) -> WorldModel:
-    """Freshly initialised."""
-    torch.manual_seed(seed)
-    encoder = MLPEncoder(obs_dim, LATENT, 2 * LATENT)
-    dynamics = LoopedDynamics(LATENT, action_dim, LATENT, LOOPS, MAX_LOOPS, latent_norm=encoder.norm)
-    return WorldModel(encoder, dynamics, LATENT, MLPDecoder(LATENT, obs_dim, 2 * LATENT))
-
-
 def way_loss(model: WorldModel, way: Way, obs: Tensor, actions: Tensor, after: Tensor, depth: Tensor) -> Tensor:
     """Loss () of a rollout from obs (B, O) under actions (K, B, A), which led to the observations after (K, B, O)."""
     with torch.no_grad():
@@ -103,7 +93,7 @@ def train(task: Control, training: Training, folder: Path) -> dict:
     torch.set_num_threads(1)
     way, data, start = WAYS[training.way], task.examples(30_000, 0, TRAINING), time.perf_counter()
     (obs, actions), after = data.inputs, data.target
-    model = make_model(obs.shape[-1], actions.shape[-1], training.seed)
+    model = make_model(obs.shape[-1], actions.shape[-1], "certified", training.seed)
     adam = torch.optim.Adam(model.parameters(), training.learning_rate)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(adam, training.steps)
     rng, stream = np.random.default_rng(training.seed), torch.Generator().manual_seed(training.seed)
@@ -118,11 +108,12 @@ def train(task: Control, training: Training, folder: Path) -> dict:
         adam.step()
         scheduler.step()
     seconds = round(time.perf_counter() - start, 1)
-    test = errors(task, model, task.examples(training.each, 0, TEST))
+    check, test = task.examples(4000, 0, VALIDATION), task.examples(training.each, 0, TEST)
+    found = task.measures(errors(task, model, test), test.difficulty)
     row = training._asdict() | {
         "seconds": seconds,
-        "validation": math.sqrt(float(errors(task, model, task.examples(4000, 0, VALIDATION)).mean())),
-        "error": {name: round(e, 5) for name, e in task.measures(test, torch.zeros(len(test))).items()},
+        "validation": task.pool(errors(task, model, check)),
+        "error": {name: round(e, 5) for name, e in found.items()},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".tmp").write_text(json.dumps(row), encoding="utf-8")
@@ -169,10 +160,7 @@ def main(arguments: list[str]) -> None:
     steps = args.steps or (QUICK_STEPS if args.quick else STEPS)
     rates, seeds, each = (args.rates[:1], range(1), 100) if args.quick else (args.rates, range(args.seeds), 1000)
     tried = train_all(task, [Training(way, rate, 0, steps, each) for way in WAYS for rate in rates], folder, args)
-    best = {
-        way: min((r for r in tried if r["way"] == way), key=lambda r: np.nan_to_num(r["validation"], nan=np.inf))
-        for way in WAYS
-    }
+    best = {way: min((r for r in tried if r["way"] == way), key=lambda r: r["validation"]) for way in WAYS}
     plan = [Training(way, best[way]["learning_rate"], seed, steps, each) for seed in seeds for way in WAYS]
     rows = train_all(task, plan, folder, args)
     report("deferred_decoding", args, seeds, rows, *verdict(rows))

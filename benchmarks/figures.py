@@ -17,6 +17,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks.harness import read_returns
+
 COLORS = {
     "looped": "#1b6ca8",
     "single_pass": "#d1495b",
@@ -48,11 +50,9 @@ def read_rows(path: Path) -> list[dict]:
         result = json.loads(path.read_text())
         return result["rows"] if result["benchmark"] == "returns" else []
     curves: dict[tuple[str, str, int], list[tuple[int, float]]] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            task = row["task"] if "/" in row["task"] else f"dmc/{row['task']}"  # a CSV leaves the suite of DMC out
-            point = (int(row["frames"]), float(row["return"]))
-            curves.setdefault((task, row["dynamics"], int(row["seed"])), []).append(point)
+    for task, dynamics, seed, frames, value in read_returns(path):
+        task = task if "/" in task else f"dmc/{task}"  # a CSV leaves the suite of DMC out
+        curves.setdefault((task, dynamics, seed), []).append((frames, value))
     return [{"task": task, "dynamics": d, "seed": seed, "curve": c} for (task, d, seed), c in curves.items()]
 
 

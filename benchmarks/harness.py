@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import functools
 import json
 import os
@@ -135,6 +136,20 @@ def curve(run_dir: Path, tag: str = "eval/return") -> list[tuple[int, float]]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
     return [(row["frames"], row[tag]) for row in rows if tag in row]
+
+
+def read_returns(path: Path) -> list[tuple[str, str, int, int, float]]:
+    """(task, dynamics, seed, env frames, return) of every evaluation in a CSV of ``benchmarks.returns``.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    columns = {"task": str, "dynamics": str, "seed": int, "frames": int, "return": float}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return [tuple(convert(row[name]) for name, convert in columns.items()) for row in csv.DictReader(file)]
+    except (KeyError, ValueError, TypeError, csv.Error):  # ValueError: also what is no UTF-8
+        raise ConfigError(f"{path}: not a CSV of benchmarks.returns") from None
 
 
 def run_commit(run_dir: Path) -> str:

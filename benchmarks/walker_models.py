@@ -1,4 +1,4 @@
-"""Small world models of walker-walk, trained on random actions, and weights that were made to grow."""
+"""Small world models, of walker-walk trained on random actions, and weights that were made to grow."""
 
 from __future__ import annotations
 
@@ -39,10 +39,9 @@ def random_transitions(steps: int, seed: int) -> Replay:
     return replay
 
 
-def make_model(replay: Replay, mode: str, seed: int) -> WorldModel:
+def make_model(obs_dim: int, action_dim: int, mode: str, seed: int) -> WorldModel:
     """A world model of the default agent's sizes, freshly initialised."""
     torch.manual_seed(seed)
-    obs_dim, action_dim = replay.obs.shape[-1], replay.action.shape[-1]
     encoder = MLPEncoder(obs_dim, LATENT, 2 * LATENT)
     dynamics = LoopedDynamics(LATENT, action_dim, LATENT, LOOPS, MAX_LOOPS, mode=mode, latent_norm=encoder.norm)
     return WorldModel(encoder, dynamics, LATENT, MLPDecoder(LATENT, obs_dim, 2 * LATENT))
@@ -50,7 +49,8 @@ def make_model(replay: Replay, mode: str, seed: int) -> WorldModel:
 
 def train_model(replay: Replay, mode: str, seed: int, steps: int) -> tuple[WorldModel, float]:
     """A trained model and the mean of its loss over the last tenth of the steps."""
-    model, stream = make_model(replay, mode, seed), torch.Generator().manual_seed(seed)
+    model = make_model(replay.obs.shape[-1], replay.action.shape[-1], mode, seed)
+    stream = torch.Generator().manual_seed(seed)
     adam, rng, kept = torch.optim.Adam(model.parameters(), 1e-3), np.random.default_rng(seed), []
     for step in range(steps):
         obs, action, reward, terminated, mask = map(torch.from_numpy, replay.sample(BATCH, HORIZON, rng)[:5])

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from benchmarks import deferred_decoding as benchmark
+from benchmarks import lab
 from benchmarks.vector_tasks import Control
 
 
 @pytest.fixture
 def batch():
-    model = benchmark.make_model(5, 2, seed=0)
+    model = benchmark.make_model(5, 2, "certified", seed=0)
     draw = torch.Generator().manual_seed(0)
     obs, actions, after = (torch.randn(shape, generator=draw) for shape in ((7, 5), (3, 7, 2), (3, 7, 5)))
     return model, obs, actions, after
@@ -57,7 +58,7 @@ def test_the_verdict_counts_seeds():
 
 
 def test_the_command_trains_every_way_and_keeps_what_it_has_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(Control, "collected", {1: 120, 2: 80, 3: 120})
+    monkeypatch.setattr(Control, "collected", {lab.TRAINING: 120, lab.VALIDATION: 80, lab.TEST: 120})
     words = ["--quick", "--steps", "2", "--jobs", "1", "--runs", str(tmp_path), "--json", str(tmp_path / "x.json")]
     benchmark.main(words)
     result = json.loads((tmp_path / "x.json").read_text())

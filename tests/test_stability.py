@@ -174,7 +174,7 @@ def test_training_learns_and_hostile_weights_grow():
     assert int(replay.is_last[: len(replay)].sum()) == 0, "an episode of walker-walk has 500 steps"
     losses = [train_model(replay, "certified", 0, steps)[1] for steps in (10, 40)]
     assert losses[1] < 0.9 * losses[0]
-    model = make_model(replay, "linear", 0)
+    model = make_model(replay.obs.shape[-1], replay.action.shape[-1], "linear", 0)
     z, action, after = real_latents(model, replay, 16, 0)
     assert z.shape == after.shape and not torch.equal(z, after)
     pushed, steps = hostile(model, z, action, 15)

@@ -27,7 +27,6 @@ class GridPrelude(Prelude):
     """The prelude cell by cell: z (B, Z, S, S) and action (B, A, S, S), or (B, A) for every cell, -> e (B, D, S, S)."""
 
     def forward(self, z: Tensor, action: Tensor) -> Tensor:
-        """z (B, Z, S, S), action (B, A, S, S) or, the same everywhere, (B, A) -> e (B, D, S, S)."""
         if action.ndim == 2:
             action = action[:, :, None, None]
         action = action.expand(-1, -1, *z.shape[2:])

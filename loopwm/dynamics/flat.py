@@ -31,7 +31,6 @@ class FlatPrelude(nn.Module):
         self.prelude, self.side = prelude, side
 
     def forward(self, z: Tensor, action: Tensor) -> Tensor:
-        """z (B, Z S S), action (B, A), or (B, S S) with an entry a cell, -> e (B, D, S, S)."""
         if has_an_entry_a_cell(action.shape[-1], self.side):
             action = to_grid(action, self.side)
         return self.prelude(to_grid(z, self.side), action)

@@ -205,8 +205,9 @@ class LoopedDynamics(nn.Module):
         """
         if loops < 1:
             raise ValueError(f"loops must be at least 1, got {loops}")
+        stages = self.cell.stages(self.prelude(z, action))
         h = first_state(self.start, z, h0)
-        for loop in self.cell.stages(self.prelude(z, action)):
+        for loop in stages:
             states = [h]
             for _ in range(loops):
                 states.append(loop(states[-1]))

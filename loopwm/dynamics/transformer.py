@@ -18,7 +18,6 @@ class TokenPrelude(Prelude):
     """The prelude token by token: z (B, G, Z) and action (B, G, A), or (B, A) for every token, -> e (B, G, D)."""
 
     def forward(self, z: Tensor, action: Tensor) -> Tensor:
-        """z (B, G, Z), action (B, G, A) or, the same for every token, (B, A) -> e (B, G, D)."""
         if action.ndim == 2:
             action = action.unsqueeze(1)
         return super().forward(z, action.expand(-1, z.shape[1], -1))
