@@ -184,6 +184,12 @@ class Sandpile(GridTask):
     def examples(self, each: int, longest: int, seed: int, size: int | None = None) -> Examples:
         return avalanches(each, longest, seed, size or SIZE)
 
+    def sequence(self, each: int, steps: int, seed: int) -> list[Examples]:
+        return drops_in_a_row(each, steps, seed)
+
+    def carried(self, inputs: tuple[Tensor, ...], prediction: Tensor) -> tuple[Tensor, ...]:
+        return prediction.argmax(1), inputs[1]
+
 
 @cache
 def avalanches(each: int, longest: int, seed: int, size: int) -> Examples:
@@ -206,9 +212,33 @@ def avalanches(each: int, longest: int, seed: int, size: int) -> Examples:
     pile, cell, after, rounds = (
         np.concatenate(column) for column in zip(*(part for kept in found for part in kept), strict=True)
     )
-    drop = np.zeros((len(pile), 1, size * size), np.float32)
-    drop[np.arange(len(pile)), 0, cell] = 1.0
-    inputs = (torch.from_numpy(pile).long(), torch.from_numpy(drop).view(-1, 1, size, size))
+    return drops(pile, cell, after, rounds)
+
+
+@cache
+def drops_in_a_row(each: int, steps: int, seed: int) -> list[Examples]:
+    """``steps`` drops on each of ``each`` recurrent piles, anywhere but where more than 8 rounds would follow."""
+    rng = np.random.default_rng(seed)
+    pile, found = recurrent_piles(rng, each, SIZE), []
+    for _ in range(steps):
+        cell, after, rounds = np.zeros(each, np.int64), pile.copy(), np.zeros(each, np.int64)
+        wanted = np.arange(each)
+        while len(wanted):
+            cell[wanted] = rng.integers(0, SIZE * SIZE, len(wanted))
+            loaded = pile[wanted]
+            loaded.reshape(len(wanted), -1)[np.arange(len(wanted)), cell[wanted]] += 1
+            after[wanted], rounds[wanted], _ = topple(loaded)
+            wanted = wanted[rounds[wanted] > Sandpile.trained]
+        found.append(drops(pile, cell, after, rounds))
+        pile = after
+    return found
+
+
+def drops(pile: np.ndarray, cell: np.ndarray, after: np.ndarray, rounds: np.ndarray) -> Examples:
+    """pile and after (n, S, S), cell and rounds (n,) -> inputs: pile (n, S, S), drop (n, 1, S, S); target: after."""
+    drop = np.zeros((len(pile), 1, *pile.shape[1:]), np.float32)
+    drop.reshape(len(pile), -1)[np.arange(len(pile)), cell] = 1.0
+    inputs = (torch.from_numpy(pile).long(), torch.from_numpy(drop))
     return Examples(inputs, torch.from_numpy(after).long(), torch.from_numpy(rounds))
 
 
@@ -243,17 +273,44 @@ class Permutation(GridTask):
     def examples(self, each: int, longest: int, seed: int, size: int | None = None) -> Examples:
         return words(each, min(longest, self.bins[-1][1]), seed)
 
+    def sequence(self, each: int, steps: int, seed: int) -> list[Examples]:
+        return words_in_a_row(each, steps, seed)
+
+    def carried(self, inputs: tuple[Tensor, ...], prediction: Tensor) -> tuple[Tensor, ...]:
+        row = inputs[0].clone()
+        row[:, : POINTS**2, 0, 0] = nn.functional.one_hot(prediction.argmax(1), POINTS).flatten(1).to(row.dtype)
+        return row, inputs[1]
+
 
 @cache
 def words(each: int, longest: int, seed: int) -> Examples:
-    """``each`` products for every length of word up to ``longest`` letters, in rows of ``longest`` + 1 cells.
-
-    inputs: row (n, 29, 1, L + 1), end (n, 1, 1, L + 1); target: where the points go (n, 5).
-    """
+    """``each`` products for every length of word up to ``longest`` letters, in rows of ``longest`` + 1 cells."""
     rng = np.random.default_rng(seed)
     bins = [(low, min(high, longest)) for low, high in Permutation.bins if low <= longest]
     k = np.concatenate([rng.integers(low, high + 1, each) for low, high in bins])
     state, word = rng.integers(0, len(PERMUTATIONS), len(k)), rng.integers(0, len(GENERATORS), (len(k), longest))
+    return products(state, word, k, compose(state, word, k))
+
+
+@cache
+def words_in_a_row(each: int, steps: int, seed: int) -> list[Examples]:
+    """``steps`` words of 1 to 8 letters, all lengths alike, on each of ``each`` states."""
+    rng, longest = np.random.default_rng(seed), Permutation.trained
+    state, found = rng.integers(0, len(PERMUTATIONS), each), []
+    for _ in range(steps):
+        k, word = rng.integers(1, longest + 1, each), rng.integers(0, len(GENERATORS), (each, longest))
+        after = compose(state, word, k)
+        found.append(products(state, word, k, after))
+        state = after
+    return found
+
+
+def products(state: np.ndarray, word: np.ndarray, k: np.ndarray, after: np.ndarray) -> Examples:
+    """state, k and after (n,), word (n, L), of which k letters count, as ``compose`` has them.
+
+    inputs: row (n, 29, 1, L + 1), end (n, 1, 1, L + 1); target: where the points go (n, 5).
+    """
+    longest = word.shape[1]
     row = np.zeros((len(k), POINTS**2 + len(GENERATORS), 1, longest + 1), np.float32)
     row[:, : POINTS**2, 0, 0] = np.eye(POINTS)[PERMUTATIONS[state]].reshape(len(k), -1)
     for letter in range(longest):
@@ -261,5 +318,5 @@ def words(each: int, longest: int, seed: int) -> Examples:
         row[there, POINTS**2 + word[there, letter], 0, letter + 1] = 1.0
     end = np.zeros((len(k), 1, 1, longest + 1), np.float32)
     end[np.arange(len(k)), 0, 0, k] = 1.0
-    target = PERMUTATIONS[compose(state, word, k)]
-    return Examples((torch.from_numpy(row), torch.from_numpy(end)), torch.from_numpy(target), torch.from_numpy(k))
+    inputs = (torch.from_numpy(row), torch.from_numpy(end))
+    return Examples(inputs, torch.from_numpy(PERMUTATIONS[after]), torch.from_numpy(k))

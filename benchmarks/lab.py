@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks.harness import device_name
 from loopwm.training.run_dir import commit
 
-TRAINING, VALIDATION, TEST = 1, 2, 3  # seeds of the data
+TRAINING, VALIDATION, TEST, IN_A_ROW = 1, 2, 3, 4  # seeds of the data
 RATES = (1e-3, 2e-3, 4e-3)
 FLOOR = 1e-4  # an error of none on some hundred examples is drawn, and compared, as no less than this
 TIMED = "difficulty"  # the depth of an example where a loop is one unit of it
@@ -103,6 +103,7 @@ class Task:
         ``parameter_efficiency`` trains. sizes: of the worlds to test on, the trained one first.
         curriculum: share of training over which the largest difficulty rises to the trained one; 0: at once.
         error_name: what is reported, in words. exact: whether that is a share of answers, not a distance.
+        in_a_row: steps open loop that are reported beside ``measures``.
     """
 
     name: str
@@ -114,11 +115,20 @@ class Task:
     sizes: ClassVar[tuple[int, ...]] = (0,)
     curriculum: ClassVar[float] = 0.0
     exact: ClassVar[bool] = True
+    in_a_row: ClassVar[tuple[int, ...]] = (5, 20, 50)
     error_name: ClassVar[str]
     batch: ClassVar[int] = 64
 
     def examples(self, each: int, longest: int, seed: int, size: int | None = None) -> Examples:
         """``each`` examples of every bin of difficulties up to ``longest``."""
+        raise NotImplementedError
+
+    def sequence(self, each: int, steps: int, seed: int) -> list[Examples]:
+        """``steps`` steps one after the other, each of ``each`` worlds, none harder than any in training."""
+        raise NotImplementedError
+
+    def carried(self, inputs: tuple[Tensor, ...], prediction: Tensor) -> tuple[Tensor, ...]:
+        """``inputs`` of a step of ``sequence`` that begins where the step before was predicted to end."""
         raise NotImplementedError
 
     def model(self, recipe: Recipe) -> nn.Module:
@@ -154,6 +164,11 @@ class Task:
     def measures(self, errors: Tensor, difficulty: Tensor) -> dict[str, float]:
         """The figures that stand for a model's errors (n, ...) on test data of the trained difficulty, by name."""
         return {f"up to {self.trained} {self.unit}": self.pool(errors)}
+
+    @property
+    def measured(self) -> list[str]:
+        """The names of all that ``parameter_efficiency`` reports of a model."""
+        return [f"up to {self.trained} {self.unit}", *map(in_a_row, self.in_a_row)]
 
     def within(self, error: float, best: float, loss: float) -> bool:
         """Whether ``error`` is at most ``loss`` more than ``best``: of all answers, or of the distance."""
@@ -207,6 +222,29 @@ def predict_errors(
             errors.append(task.errors(prediction, part.target).cpu())
             loops.append(out.loops.cpu())
     return torch.cat(errors), torch.cat(loops)
+
+
+@torch.no_grad()
+def open_loop_errors(
+    task: Task, model: nn.Module, sequence: list[Examples], depth: int | str | None, batch: int = 500
+) -> Tensor:
+    """(n, steps) errors along ``Task.sequence``, each step from what was predicted of the one before."""
+    device, rows = next(model.dynamics.parameters()).device, []
+    with model.dynamics.frozen():
+        for at in range(0, len(sequence[0]), batch):
+            errors, prediction = [], None
+            for step in sequence:
+                part = step.rows(slice(at, at + batch)).to(device)
+                inputs = part.inputs if prediction is None else task.carried(part.inputs, prediction)
+                prediction = model(*inputs, depth=part.difficulty if depth == TIMED else depth)[0]
+                errors.append(task.errors(prediction, part.target).reshape(len(part), -1).mean(1))
+            rows.append(torch.stack(errors, 1).cpu())
+    return torch.cat(rows)
+
+
+def in_a_row(steps: int) -> str:
+    """The name of the error after so many steps open loop."""
+    return f"{steps} steps in a row"
 
 
 def bin_name(low: int, high: int) -> str:

@@ -1,14 +1,15 @@
 """How many parameters an unlooped model needs for the loop's error.
 
 Loops of several widths and a ladder of controls learn one step of a world, or five of a DMC task open loop
-(``benchmarks.lab``). The error is of test data of the trained difficulty (DMC: 1 to 50 steps ahead), the loop at the
-depth of the largest stack (equal FLOPs, or fewer: ``Recipe.depth``). The ratio is the parameters of the smallest
-control of equal error, read off the controls' front (interpolated in logarithms), over the loop's; where no control
-reaches the loop it is a lower bound, where every control is better an upper one. It is read off the mean errors, and
-off those of each seed, all of which must agree before the loop is said to need fewer. ``--more-of`` an earlier
-result keeps its rows and learning rates and trains the seeds that it lacks. A model's rate is the best on validation
-data after a quarter of the steps, which favours large ones; with ``--rates-in-full`` each size has its own, by whole
-trainings.
+(``benchmarks.lab``). The error is of test data of the trained difficulty, of one step and open loop of 5, 20 and 50
+(each from what was predicted of the one before), the loop at the depth of the largest stack (equal FLOPs, or fewer:
+``Recipe.depth``). The ratio is the parameters of the smallest control of equal error, read off the controls' front
+(interpolated in logarithms), over the loop's; where no control reaches the loop it is a lower bound, where every
+control is better an upper one. It is read off the mean errors, and off those of each seed, all of which must agree
+before the loop is said to need fewer. ``--more-of`` an earlier result keeps its rows and learning rates and trains
+the seeds that it lacks; rows that lack an error are measured anew, and trained anew where their weights are gone. A
+model's rate is the best on validation data after a quarter of the steps, which favours large ones; with ``--rates-in-
+full`` each size has its own, by whole trainings.
 """
 
 from __future__ import annotations
@@ -30,12 +31,15 @@ import numpy as np
 from benchmarks.harness import interval, report
 from benchmarks.lab import (
     FLOOR,
+    IN_A_ROW,
     TEST,
     Recipe,
     Task,
     choose_rates_in_full,
     count,
+    in_a_row,
     load,
+    open_loop_errors,
     predict_errors,
     prepared,
     recipe_of,
@@ -84,8 +88,13 @@ def parameters_for(error: float, points: list[tuple[float, float]]) -> tuple[flo
 def evaluate(task: Task, name: str, recipe: Recipe, folder: Path, each: int) -> dict:
     """Errors of one trained model, at ``Recipe.depth``."""
     data = task.examples(each, task.trained, TEST)
-    errors, _ = predict_errors(task, load(task, recipe, folder), data, recipe.depth())
-    found = {measure: round(error, 5) for measure, error in task.measures(errors, data.difficulty).items()}
+    model = load(task, recipe, folder)
+    found = task.measures(predict_errors(task, model, data, recipe.depth())[0], data.difficulty)
+    if task.in_a_row:
+        sequence = task.sequence(each, max(task.in_a_row), IN_A_ROW)
+        errors = open_loop_errors(task, model, sequence, recipe.depth())
+        found |= {in_a_row(steps): task.pool(errors[:, steps - 1]) for steps in task.in_a_row}
+    found = {measure: round(error, 5) for measure, error in found.items()}
     return summary(recipe, folder) | {"model": name, "error": found}
 
 
@@ -253,8 +262,9 @@ def main(arguments: list[str]) -> None:
     if args.rates_in_full:
         ladder = choose_rates_in_full(task, ladder, seeds, folder, args)
     plan = [(key[0], replace(recipe, seed=seed)) for seed in seeds for key, recipe in ladder.items()]
-    train_all(task, [recipe for name, recipe in plan if (name, recipe) not in earlier], folder, args.jobs, args.device)
-    rows = [earlier.get((name, recipe)) or evaluate(task, name, recipe, folder, each) for name, recipe in plan]
+    whole = {key: row for key, row in earlier.items() if set(row["error"]) == set(task.measured)}
+    train_all(task, [recipe for name, recipe in plan if (name, recipe) not in whole], folder, args.jobs, args.device)
+    rows = [whole.get((name, recipe)) or evaluate(task, name, recipe, folder, each) for name, recipe in plan]
     if args.figure:
         draw(task, rows, args.figure)
     report("parameter_efficiency", args, seeds, rows, *verdict(task, rows))

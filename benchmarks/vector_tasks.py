@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from agents import load_agent
 from benchmarks.harness import ROOT
-from benchmarks.lab import TEST, TRAINING, VALIDATION, Examples, Recipe, Task, kept
+from benchmarks.lab import IN_A_ROW, TEST, TRAINING, VALIDATION, Examples, Recipe, Task, kept
 from envs import make_env
 from loopwm.dynamics import DYNAMICS, DynamicsOutput
 
@@ -113,7 +113,7 @@ class VectorTask(Task):
     models, ladder = MODELS, LADDER
     exact, batch = False, 256
     error_name = "root mean squared error, standard deviations"
-    collected = {TRAINING: 40_000, VALIDATION: 8_000, TEST: 16_000}  # decisions
+    collected = {TRAINING: 40_000, VALIDATION: 8_000, TEST: 16_000, IN_A_ROW: 16_000}  # decisions
     env_id: str
 
     def __init__(self, runs: Path):
@@ -123,9 +123,19 @@ class VectorTask(Task):
         """The data of a seed, collected once."""
         return kept(self.runs / self.name / f"data_{seed}.npz", lambda: self.collect(self.collected[seed], seed))
 
+    def source(self, seed: int) -> str:
+        """The environment that the data of a seed are of."""
+        return self.env_id
+
+    def windows(self, each: int, length: int, seed: int) -> np.ndarray:
+        """(n, length) rows of ``steps`` that follow one another in an episode; at most ``each`` of them, at random."""
+        episode = self.steps(seed)["episode"]
+        whole = np.flatnonzero(episode[: 1 - length or None] == episode[length - 1 :])
+        return np.random.default_rng(seed).permutation(whole)[:each, None] + np.arange(length)
+
     def collect(self, count: int, seed: int) -> dict[str, np.ndarray]:
         """``count`` decisions, episode after episode."""
-        env, rng, rows = make_env(self.env_id, seed=seed), np.random.default_rng(seed), []
+        env, rng, rows = make_env(self.source(seed), seed=seed), np.random.default_rng(seed), []
         episode = 0
         while len(rows) < count:
             obs, over, action = env.reset()[0], False, None
@@ -192,6 +202,7 @@ class Control(VectorTask):
 
     unit, trained, bins = "", 0, ((0, 0),)
     horizons = (1, 5, 20, 50)
+    in_a_row = ()  # they are
     trained_horizon = 5
 
     def __init__(self, runs: Path, task: str, policy: bool):
@@ -217,11 +228,9 @@ class Control(VectorTask):
     def examples(self, each: int, longest: int, seed: int, size: int | None = None) -> Examples:
         """Windows of one episode: of 5 steps in training and validation, of 50 in the test; at most ``each``."""
         data, horizon = self.steps(seed), self.horizons[-1] if seed == TEST else self.trained_horizon
-        whole = np.flatnonzero(data["episode"][: 1 - horizon or None] == data["episode"][horizon - 1 :])
-        starts = np.random.default_rng(seed).permutation(whole)[:each]
-        window = starts[:, None] + np.arange(horizon)
-        inputs = (self.standardised(data["obs"][starts]), torch.from_numpy(data["action"][window]))
-        return Examples(inputs, self.standardised(data["after"][window]), torch.zeros(len(starts), dtype=torch.long))
+        window = self.windows(each, horizon, seed)
+        inputs = (self.standardised(data["obs"][window[:, 0]]), torch.from_numpy(data["action"][window]))
+        return Examples(inputs, self.standardised(data["after"][window]), torch.zeros(len(window), dtype=torch.long))
 
     def loss(self, model: nn.Module, recipe: Recipe, batch: Examples, rng: np.random.Generator) -> Tensor:
         depth = model.dynamics.sample_depth(len(batch))  # none with implicit gradients
@@ -231,9 +240,14 @@ class Control(VectorTask):
     beyond = ["20 steps", "50 steps"]
 
     def breakdown(self, errors: Tensor, difficulty: Tensor) -> dict[str, float]:
-        return {f"{h} step{'s' * (h > 1)}": self.pool(errors[:, h - 1]) for h in self.horizons if h <= errors.shape[1]}
+        found = zip(self.measured, self.horizons, strict=True)
+        return {name: self.pool(errors[:, h - 1]) for name, h in found if h <= errors.shape[1]}
 
     measures = breakdown
+
+    @property
+    def measured(self) -> list[str]:
+        return [f"{h} step{'s' * (h > 1)}" for h in self.horizons]
 
 
 class TimeWarp(VectorTask):
@@ -254,7 +268,22 @@ class TimeWarp(VectorTask):
         k = data["difficulty"].astype(np.int64)
         bins = [(low, min(high, longest)) for low, high in self.bins if low <= longest]
         rows = [rng.permutation(np.flatnonzero((k >= low) & (k <= high)))[:each] for low, high in bins]
-        rows = np.concatenate(rows)
+        return self.decisions(data, np.concatenate(rows))
+
+    def source(self, seed: int) -> str:
+        return f"{self.env_id}?max_hold={self.trained}" if seed == IN_A_ROW else self.env_id
+
+    def sequence(self, each: int, steps: int, seed: int) -> list[Examples]:
+        """Of episodes of their own, in which no hold is longer than in training."""
+        window = self.windows(each, steps, seed)
+        return [self.decisions(self.steps(seed), rows) for rows in window.T]
+
+    def carried(self, inputs: tuple[Tensor, ...], prediction: Tensor) -> tuple[Tensor, ...]:
+        return prediction[:, 0], inputs[1]
+
+    def decisions(self, data: dict[str, np.ndarray], rows: np.ndarray) -> Examples:
+        """inputs: standardised observation (n, O), action and share of the longest trained hold (n, 1, A)."""
+        k = data["difficulty"].astype(np.int64)
         action = np.concatenate([data["action"][rows, :-1], k[rows, None].astype(np.float32) / self.trained], -1)
         inputs = (self.standardised(data["obs"][rows]), torch.from_numpy(action)[:, None])
         return Examples(inputs, self.standardised(data["after"][rows])[:, None], torch.from_numpy(k[rows]))

@@ -40,6 +40,8 @@ def test_parameter_efficiency(run):
     ]
     assert all(row["learning_rate"] in (0.001, 0.002) and row["steps"] == 8 for row in result["rows"])
     assert result["verdict"].startswith("up to 8 letters: at an error of ")
+    measured = ["up to 8 letters", "5 steps in a row", "20 steps in a row", "50 steps in a row"]
+    assert all(list(row["error"]) == measured == Permutation().measured for row in result["rows"])
 
 
 def test_depth_extrapolation(run):

@@ -21,7 +21,7 @@ from benchmarks import (
     training_flops,
 )
 from benchmarks.grid_tasks import Permutation, Sandpile, avalanches, words
-from benchmarks.lab import Examples, Recipe, predict_errors
+from benchmarks.lab import Examples, Recipe, open_loop_errors, predict_errors
 from benchmarks.tasks import TASKS, WITH_DIFFICULTY
 from benchmarks.token_tasks import TokenPermutation
 from benchmarks.vector_tasks import Control, TimeWarp
@@ -53,6 +53,56 @@ def test_avalanches_are_the_worlds_own_and_as_difficult_as_they_say():
     assert (drop.flatten(1).sum(1) == 1).all()
     counts = [int(rows.sum()) for rows in lab.groups(Sandpile(), steps.difficulty).values()]
     assert counts == [6, 6, 6]
+
+
+@pytest.mark.parametrize("world", [Sandpile, Permutation, TimeWarp])
+def test_steps_in_a_row_follow_one_another_and_are_no_harder_than_in_training(world, tmp_path):
+    """Each begins where the one before ended; what a model that errs nowhere would be given is what was there."""
+    task = SmallTimeWarp(tmp_path, "cartpole-swingup") if world is TimeWarp else world()
+    sequence = task.sequence(30, 12, lab.IN_A_ROW)
+    assert [len(step) for step in sequence] == [30] * 12
+    for step, after in zip(sequence, sequence[1:], strict=False):
+        answer = nn.functional.one_hot(step.target).movedim(-1, 1).float() if task.exact else step.target
+        for carried, there in zip(task.carried(after.inputs, answer), after.inputs, strict=True):
+            torch.testing.assert_close(carried, there)
+        assert not torch.equal(step.inputs[0], after.inputs[0])
+    difficulty = torch.stack([step.difficulty for step in sequence])
+    assert difficulty.max() <= 8 == task.trained and difficulty.unique().numel() >= 7
+
+
+def test_piles_in_a_row_are_the_worlds_own():
+    for step in Sandpile().sequence(40, 30, 0):
+        (pile, drop), rounds = step.inputs, step.difficulty
+        told, counted, _ = topple(pile.numpy() + drop[:, 0].numpy().astype(np.int64))
+        assert (told == step.target.numpy()).all() and (counted == rounds.numpy()).all()
+        assert (drop.flatten(1).sum(1) == 1).all()
+
+
+class Rule(nn.Module):
+    """The sandpile's own rule, but for one grain too many in the first pile at its ``slip``-th call (from 0)."""
+
+    def __init__(self, slip: int):
+        super().__init__()
+        self.dynamics = LoopedDynamics(2, 1, 4, 1, 1)  # to be frozen; asked nothing
+        self.slip, self.calls = slip, 0
+
+    def forward(self, pile, drop, depth):
+        loaded = pile.numpy() + drop[:, 0].numpy().astype(np.int64)
+        loaded[0, 3, 3] += self.calls == self.slip
+        self.calls += 1
+        stable = torch.from_numpy(topple(loaded)[0]).long()
+        return nn.functional.one_hot(stable, 4).movedim(-1, 1).float(), None
+
+
+def test_an_error_open_loop_stays_in_what_follows():
+    """Different recurrent piles stay different under the same drops (Dhar 1990), so a slip is never forgotten."""
+    task, sequence = Sandpile(), Sandpile().sequence(10, 12, 0)
+    assert not open_loop_errors(task, Rule(slip=99), sequence, 1).any(), "the rule itself errs nowhere"
+    errors = open_loop_errors(task, Rule(slip=4), sequence, 1)
+    assert errors.shape == (10, 12) and not errors[1:].any()
+    assert errors[0].tolist() == [0.0] * 4 + [1.0] * 8
+    second = open_loop_errors(task, Rule(slip=14), sequence, 1, batch=5)  # of two fives
+    assert not second[[0, 1, 2, 3, 4, 6, 7, 8, 9]].any() and second[5].tolist() == [0.0] * 2 + [1.0] * 10
 
 
 def test_words_are_the_worlds_own_products():
@@ -180,7 +230,7 @@ def test_a_run_is_kept_and_trained_once(name, tmp_path):
 
 
 class SmallTimeWarp(TimeWarp):
-    collected = {lab.TRAINING: 200, lab.VALIDATION: 60, lab.TEST: 120}
+    collected = {lab.TRAINING: 200, lab.VALIDATION: 60, lab.TEST: 120, lab.IN_A_ROW: 120}
 
 
 class SmallControl(Control):
@@ -502,6 +552,10 @@ def test_seeds_are_added_to_an_earlier_result_at_its_rates(tmp_path, monkeypatch
         name for name in again["headline"] if name.endswith(f"ratio, looped, {first['parameters']} parameters")
     )
     assert again["rows"][:3] == lost and "at most" in ratio
+    shorter = [row | {"error": dict(list(row["error"].items())[:1])} for row in one["rows"]]
+    (tmp_path / "few.json").write_text(json.dumps(one | {"rows": shorter}), encoding="utf-8")
+    anew = run(f"--seeds 1 --more-of {tmp_path / 'few.json'}", "f.json")  # with neither weights nor all errors
+    assert len(trained) == 3 and [row["error"] for row in anew["rows"]] == [row["error"] for row in one["rows"]]
     unsized = [{k: v for k, v in row.items() if k != "parameters"} for row in one["rows"]]
     grown = [row | {"parameters": row["parameters"] + 1} for row in one["rows"]]
     renamed = [row | {"model": "gone"} for row in one["rows"]]
