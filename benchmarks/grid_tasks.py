@@ -91,6 +91,8 @@ class GridModel(nn.Module):
             "prelude_layers": layers[0],
             "block_layers": layers[1],
             "coda_layers": layers[2],
+            "injection": recipe.injection,
+            "order": recipe.order,
         }
         self.encoder = nn.Conv2d(channels, width, 1)
         whole = recipe.dynamics == WHOLE

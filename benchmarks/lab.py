@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import device_name
+from loopwm.dynamics import sample_depths
 from loopwm.training.run_dir import commit
 
 TRAINING, VALIDATION, TEST, IN_A_ROW = 1, 2, 3, 4  # seeds of the data
@@ -54,6 +55,12 @@ class Recipe:
     warm: bool = False  # whether each step of several starts from the loop state of the one before
     quarters: tuple[int, int] = (1, 5)  # fewest and most loops of a random number, in quarters of ``loops``
     skip: bool = False  # whether the block has a linear layer beside its own
+    injection: str = "zoh"  # a name in INJECTIONS (on grids)
+    order: str = "abab"  # how loops go through a block of several layers, a name in ORDERS (on grids)
+    sampler: str = (
+        ""  # in DEPTH_SAMPLERS, of a depth for each example, with the mean of ``quarters``; else by the batch
+    )
+    early: float = 0.0  # weight of the loss at a random earlier loop (on grids)
 
     @property
     def name(self) -> str:
@@ -63,7 +70,8 @@ class Recipe:
         parts = [value for value, _ in list(known.values())[:first]]
         for field, (value, default) in list(known.items())[first:]:
             if value != default:
-                parts.append(field if value is True else "".join(map(str, value)))
+                each = value if isinstance(value, tuple) else (value,)
+                parts.append(field if value is True else "".join(map(str, each)))
         return "_".join(map(str, parts))
 
     @property
@@ -188,13 +196,16 @@ class Task:
         there are free loops the others first run up to that many without gradient and are trained from where these
         lead, which teaches the loop to go on from its own states and to keep an answer it has (progressive training:
         Bansal et al. 2022, arXiv 2202.05826, section 3.2). A timed loop goes through as many as the difficulty is.
+        Where a depth is drawn, an example that cannot be known by then does not count.
         """
-        depth, h0, weight = None, None, torch.ones(len(batch), device=batch.target.device)
+        depth, h0, spent = None, None, None
         if recipe.timed:
             depth = batch.difficulty
         elif recipe.fixed:
-            depth = recipe.loops
-            weight = (self.loops_needed(batch.difficulty) <= depth * recipe.layers[1]).float()
+            depth = spent = recipe.loops
+        elif recipe.sampler:
+            mean = sum(recipe.quarters) * recipe.loops // 8
+            depth = spent = sample_depths(recipe.sampler, len(batch), mean, 1, 2 * recipe.loops)
         elif recipe.looped and recipe.gradient == "unrolled":
             quarter = recipe.loops // 4
             fewest, most = recipe.quarters
@@ -203,8 +214,20 @@ class Task:
                 free, depth = int(rng.integers(1, recipe.free_loops + 1)), int(rng.integers(quarter, 3 * quarter + 1))
                 with torch.no_grad():
                     h0 = model(*batch.inputs, depth=free)[1].h
-            weight = (self.loops_needed(batch.difficulty) <= (free + depth) * recipe.layers[1]).float()
-        losses = self.losses(model(*batch.inputs, depth=depth, h0=h0)[0], batch.target)
+            spent = free + depth
+        prediction, out = model(*batch.inputs, depth=depth, h0=h0)
+        loss = self.counted(prediction, batch, recipe, spent)
+        if recipe.early:
+            early = out.early()
+            said = model.decode(early.z_next, batch.inputs[-1])
+            loss = loss + recipe.early * self.counted(said, batch, recipe, early.loops)
+        return loss
+
+    def counted(self, prediction: Tensor, batch: Examples, recipe: Recipe, spent: int | Tensor | None) -> Tensor:
+        """Mean loss of the examples that can be known after ``spent`` loops (B,); None: of all."""
+        losses, weight = self.losses(prediction, batch.target), torch.ones(len(batch), device=batch.target.device)
+        if spent is not None:
+            weight = (self.loops_needed(batch.difficulty) <= spent * recipe.layers[1]).float()
         return (losses * weight).sum() / weight.sum().clamp_min(1.0)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import adaptive_depth, depth_extrapolation, parameter_efficiency, training_flops
+from benchmarks import adaptive_depth, depth_extrapolation, loop_design, parameter_efficiency, training_flops
 from benchmarks.grid_tasks import Permutation
 
 TINY = {"hidden": 4, "loops": 8}  # so that a quarter of them is a depth, of half of them too
@@ -42,6 +42,18 @@ def test_parameter_efficiency(run):
     assert result["verdict"].startswith("up to 8 letters: at an error of ")
     measured = ["up to 8 letters", "5 steps in a row", "20 steps in a row", "50 steps in a row"]
     assert all(list(row["error"]) == measured == Permutation().measured for row in result["rows"])
+
+
+def test_loop_design(run):
+    result = run(loop_design)
+    rows = {row["model"]: row for row in result["rows"]}
+    assert list(rows) == list(loop_design.designs(Permutation())) and rows[loop_design.BASE]["injection"] == "zoh"
+    assert all(set(row["error"]) == {*Permutation().measured, "9-16 letters", "17-32 letters"} for row in rows.values())
+    two = rows["two layers abab"], rows["two layers aabb"]
+    sizes = {name: row["parameters"] for name, row in rows.items() if row not in two}
+    assert len(set(sizes.values())) == 1 < two[0]["parameters"] == two[1]["parameters"] > sizes[loop_design.BASE]
+    assert two[0]["loops"] * two[0]["layers"][1] == TINY["loops"]
+    assert all(f"{name}: " in result["verdict"] for name in list(rows)[1:])
 
 
 def test_depth_extrapolation(run):

@@ -506,6 +506,50 @@ def depths_in_training(task, recipe) -> set[int]:
     return asked
 
 
+def test_a_sampler_draws_a_depth_for_each_example_with_the_mean_of_the_quarters():
+    task, asked = Permutation(), []
+    recipe = Recipe("looped", hidden=4, loops=16, sampler="lognormal_poisson")
+    model, batch = task.model(recipe), task.examples(400, task.trained, lab.VALIDATION)
+
+    def spy(*inputs, depth, h0):
+        asked.append(depth)
+        return model(*inputs, depth=1)
+
+    torch.manual_seed(0)
+    task.loss(spy, recipe, batch, np.random.default_rng(0))
+    depths = asked[0]
+    assert depths.shape == (1200,) and depths.min() >= 1 and depths.max() <= 32
+    assert depths.float().mean() == pytest.approx(12.0, abs=0.5) and depths.unique().numel() > 15
+
+
+def test_what_cannot_be_known_at_its_depth_does_not_count():
+    task, recipe = Permutation(), Recipe("looped", hidden=4, loops=16)
+    batch = task.examples(5, task.trained, lab.VALIDATION)
+    said = torch.randn(len(batch), 5, 5)
+    losses, spent = task.losses(said, batch.target), torch.arange(len(batch)) % 8 + 1
+    counted = task.counted(said, batch, recipe, spent)
+    assert counted.item() == pytest.approx(float(losses[batch.difficulty <= spent].mean()))
+    twice = task.counted(said, batch, replace(recipe, layers=(1, 2, 1)), spent)
+    assert twice.item() == pytest.approx(float(losses[batch.difficulty <= 2 * spent].mean()))
+    assert task.counted(said, batch, recipe, None).item() == pytest.approx(float(losses.mean()))
+
+
+def test_the_early_loss_is_that_of_an_earlier_loop_of_the_same_pass():
+    task, recipe = Permutation(), Recipe("looped", hidden=4, loops=4, fixed=True, early=0.5)
+    torch.manual_seed(0)
+    model, batch = task.model(recipe), task.examples(5, task.trained, lab.VALIDATION)
+    torch.manual_seed(1)
+    found = task.loss(model, recipe, batch, np.random.default_rng(0))
+    torch.manual_seed(1)
+    prediction, out = model(*batch.inputs, depth=4)
+    loops = out.early().loops
+    assert set(loops.tolist()) == {1, 2, 3}
+    by_hand = task.counted(prediction, batch, recipe, 4)
+    said = torch.cat([model(*batch.rows(slice(i, i + 1)).inputs, depth=int(n))[0] for i, n in enumerate(loops)])
+    by_hand = by_hand + 0.5 * task.counted(said, batch, recipe, loops)
+    torch.testing.assert_close(found, by_hand)
+
+
 class TinyLadder(SmallTimeWarp):
     ladder = {"looped": ((4, 8), (6, 8)), "stacked": ((4, 8),)}
 
