@@ -32,7 +32,7 @@ class ContinuousPolicy(nn.Module):
 
 
 class DiscretePolicy(nn.Module):
-    """z (..., Z) -> one-hot action (..., A) of the best logit, with the softmax's gradient (1308.3432)."""
+    """z (..., Z) -> one-hot (..., A) of the best logit, with the softmax's gradient (1611.01144, section 2.2)."""
 
     discrete = True
 

@@ -43,7 +43,8 @@ def mppi(
 ) -> Plan:
     """Refine a distribution over action sequences for N states at once.
 
-    The elites of an iteration are kept for the next, and later ones draw less (both as in iCEM, 2008.06389).
+    The elites of an iteration are kept for the next, and later ones draw less (both after iCEM, 2008.06389, which keeps
+    a share of them and draws less each time).
 
     Args:
         z: (N, Z) latents. prior: (H, N, P, A) sequences of the policy. mean: (H, N, A) first guess.

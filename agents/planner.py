@@ -188,8 +188,9 @@ class PlannerAgent(ActingAgent):
 
         z_t is imagined from z (B, Z) along the actions that were taken, row by row at t = 1 .. ``imagined_steps`` in
         turn; action and target are those of the real step t, and its weight is one if the episode had it. A plan ends
-        in imagined latents, whose value it reads (TD-MPC2, 2310.16828, trains value and policy on such alone). The
-        policy learns on these rows only without ``policy_horizon``, which goes through imagined latents of its own.
+        in imagined latents, whose value it reads (TD-MPC2, 2310.16828, trains value and policy on a real latent and
+        those imagined from it). The policy learns on these rows only without ``policy_horizon``, which goes through
+        imagined latents of its own.
         """
         c, n = self.config, self.config.n_step
         obs, action, reward, terminated, mask = batch[:5]

@@ -40,7 +40,7 @@ from loopwm.dynamics import MODES
 from loopwm.model import WorldModel
 from loopwm.training.replay import Replay
 
-PUBLISHED = "linear"  # the mode of 2606.18208: the one to beat
+PUBLISHED = "linear"  # the constraint of 2606.18208: the one to beat
 WEIGHTS = ("trained", "hostile")
 NORMED, UNNORMED = ("fresh", "carried"), "no_latent_norm"  # of STARTS: where ||z|| is fixed, and where it is free
 COLORS = ("#1b6ca8", "#d1495b", "#edae49", "#66a182")

@@ -153,6 +153,23 @@ def test_deferred_decoding_of_masked_steps_by_hand():
     assert sum(deferred_decoding_loss(**case).values()).item() == 0.0
 
 
+def test_a_path_costs_what_it_is_longer_than_its_budget():
+    """Steps of the first sequence: (2, -1) (3, -1) (5, -1); of the second: (1, 0) (1, 1) (1, 3)."""
+    case = linear_case(3)
+    lengths = math.sqrt(5) + math.sqrt(10) + math.sqrt(26), 1 + math.sqrt(2) + math.sqrt(10)
+    assert lengths[1] < 9 < lengths[0]
+    found = deferred_decoding_loss(**case, step_budget=3.0)["path"]
+    assert found.item() == pytest.approx((lengths[0] - 9) / 2)
+    found.backward()
+    assert case["rollout"].z.requires_grad and case["z_target"].grad is None
+    assert deferred_decoding_loss(**case, step_budget=torch.tensor(4.0))["path"].item() == 0.0
+    case["mask"] = torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    found = deferred_decoding_loss(**case, step_budget=0.75)["path"]
+    assert found.item() == pytest.approx((lengths[0] - 3 * 0.75 + 0.25) / 2)
+    case["mask"] = torch.zeros(3, 2)
+    assert deferred_decoding_loss(**case, step_budget=0.75)["path"].item() == 0.0
+
+
 def test_one_step_decodes_at_once():
     case = linear_case(1)
     case["last_obs"] = torch.tensor([[3.0, 1.0], [1.0, 1.0]])

@@ -37,6 +37,19 @@ def test_ways_ask_for_all_observations_the_last_or_the_latents_too(batch):
     assert loss(batch, every=True, drift=2.0) == pytest.approx(loss(batch, every=True) + 2.0 * drift, rel=1e-5)
 
 
+def test_a_path_longer_than_that_of_what_was_seen_costs_something(batch):
+    model, obs, actions, after = batch
+    after = obs + 0.1 * after  # so that latents hardly move
+    with torch.no_grad():
+        start = model.encode(obs).unsqueeze(0)
+        ends = model.rollout(start[0], actions, 2).z[1:], model.encode(after)
+        taken, real = (torch.cat([start, z]).diff(dim=0).norm(dim=-1) for z in ends)  # (K, B) lengths
+    beyond = float((taken.sum(0) - len(taken) * real.mean()).clamp_min(0.0).mean())
+    assert beyond > 0.0
+    near = model, obs, actions, after
+    assert loss(near, path=5.0) == pytest.approx(loss(near) + 5.0 * beyond, rel=1e-5)
+
+
 def test_no_gradient_reaches_the_targets(batch):
     model, obs, actions, after = batch
     after = after.requires_grad_()

@@ -1,9 +1,9 @@
 """The word problem of S5: the product of a word of permutations, letter by letter.
 
-Sources: Barrington 1989 (this problem is complete for NC1, so a circuit of fixed depth is not believed to
-solve it for every length), Merrill, Petty, Sabharwal 2024, "The Illusion of State", arXiv 2404.08819 (what that
-means for sequence models). For a fixed longest word, as here, enough width could store all answers: depth
-is what generalises over k, not what is needed at k = 2.
+Sources: Barrington 1989 (this problem is complete for NC1, so a circuit of fixed depth is not believed to solve it for
+every length), Merrill, Petty, Sabharwal 2024, "The Illusion of State in State-Space Models", arXiv 2404.08819 (what
+that means for sequence models). For a fixed longest word, as here, enough width could store all answers: depth is what
+generalises over k, not what is needed at k = 2.
 """
 
 import itertools

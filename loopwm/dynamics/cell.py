@@ -59,19 +59,19 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 }
 FoldedWeights = tuple[Tensor, "Tensor | float", Tensor, Tensor]  # Abar or F^T, Bbar, W1, g W2
 SINGULAR_VALUE_ERROR = 1e-12  # relative, in float64: a few hundred roundings
-DECAY_INIT = math.sqrt(1.0 / 5.0)  # Parcae (2604.12946): the linear path forgets h0 at this rate per loop
+DECAY_INIT = math.sqrt(1.0 / 5.0)  # of Parcae's code (2604.12946): the linear path forgets h0 at this rate per loop
 
 
 class Cell(nn.Module):
     """What the cells of every block have in common: the linear path, the mode, and the bound made of both.
 
     A cell's block is Rbar(h, e) = g R(h, e). In mode ``certified`` the Lipschitz constant of R is at most that of its
-    activation and g = gamma (1 - max Abar) / Lip(s), so one loop contracts by
-    rho <= max Abar + gamma (1 - max Abar) < 1. Mode ``lipsdp`` promises the same factor by one inequality for the
-    whole loop (see ``lipsdp``), which leaves the block more room: g = 1, and W1 and W2 shrink together where they must.
-    In mode ``linear`` (as published in 2606.18208) only the linear path is bounded: g = 1 and the weights are free.
-    Mode ``soft`` is the same cell, and predictions offer a penalty on the Jacobian
-    (``DynamicsOutput.jacobian_penalty``) for the loss to weigh.
+    activation and g = gamma (1 - max Abar) / Lip(s), so one loop contracts by rho <= max Abar + gamma (1 - max Abar) <
+    1. Mode ``lipsdp`` promises the same factor by one inequality for the whole loop (see ``lipsdp``), which leaves the
+    block more room: g = 1, and W1 and W2 shrink together where they must. In mode ``linear`` (the constraint of
+    2606.18208, equations 6-7) only the linear path is bounded: g = 1 and the weights are free. Mode ``soft`` is the
+    same cell, and predictions offer a penalty on the Jacobian (``DynamicsOutput.jacobian_penalty``) for the loss to
+    weigh.
 
     Args:
         hidden_dim: D, width of h. block_dim: inner width of the block. mode: a name in ``MODES``, see above.

@@ -48,7 +48,7 @@ class DepthSchedule:
 
 
 def _poisson(batch: int, mean: int, low: int, high: int, generator: torch.Generator | None) -> Tensor:
-    """clip(Poisson(mean), low, high): the depth prior of Geiping et al. 2025 (2502.05171) without its log-normal."""
+    """clip(Poisson(mean), low, high): the depth prior of 2606.18208, equation 9."""
     return torch.poisson(torch.full((batch,), float(mean)), generator=generator).long().clamp(low, high)
 
 

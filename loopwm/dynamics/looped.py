@@ -29,8 +29,10 @@ from loopwm.dynamics.unroll import unroll, unroll_plain
 class LoopedDynamics(nn.Module):
     """z' = latent_norm(z + C h[T]) with h[t+1] = Abar h[t] + Bbar e + Rbar(h[t], e), e = LayerNorm(P [z; a]).
 
-    Equations 3-8 of 2606.18208 (after Parcae, 2604.12946) with the block made a contraction in h; see ``Cell``. The
-    number of loops T is a free choice of every call:
+    After equations 4-8 of 2606.18208 (and Parcae, 2604.12946), with the block made a contraction in h (see ``Cell``), z
+    in the place of the state carried over and of a random h0, a diagonal Bbar by the exact zero-order hold (``euler``
+    is the published one), a coda that adds a step to z, and blocks of several kinds. The number of loops T is a free
+    choice of every call:
 
     - ``depth`` an int: exactly that many loops, also beyond ``max_loops``;
     - ``depth`` a (B,) integer tensor (or a ``DepthSchedule`` made from one): one depth per sample;

@@ -1,8 +1,8 @@
 """What enters the next loop: the last state itself (plain iteration), or a mixture of the last few (Anderson).
 
-The one package on PyPI that has both Anderson acceleration and implicit gradients for torch, torchdeq, saw one release
-(0.1.0, October 2023), has no per-sample exit from the batch and is a dependency that ``loopwm.dynamics`` may not have:
-so they are written here, small.
+The packages on PyPI that have both Anderson acceleration and implicit gradients for torch, torchdeq (one release,
+0.1.0) and xitorch (0.5.1), have no per-sample exit from the batch and are dependencies that ``loopwm.dynamics`` may not
+have: so they are written here, small.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Decoder(nn.Module):
         return symexp(self.squashed(z))
 
     def loss(self, z: Tensor, obs: Tensor) -> Tensor:
-        """Mean over O of the squared error of symlog(obs) (2301.04104, eq. 10): (..., Z), (..., O) -> (...,)."""
+        """Mean over O of the squared error of symlog(obs) (2301.04104v2, eq. 8): (..., Z), (..., O) -> (...,)."""
         return (self.squashed(z) - symlog(obs)).square().mean(-1)
 
 

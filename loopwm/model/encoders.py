@@ -37,7 +37,7 @@ def step_error(ahead: Tensor, z: Tensor, z_next: Tensor) -> float:
 
 
 def symlog(x: Tensor) -> Tensor:
-    """sign(x) log(1 + |x|), the compression of DreamerV3 (2301.04104, eq. 9)."""
+    """sign(x) log(1 + |x|), the compression of DreamerV3 (2301.04104v2, eq. 9)."""
     return torch.sign(x) * torch.log1p(torch.abs(x))
 
 

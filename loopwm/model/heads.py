@@ -14,7 +14,7 @@ def symexp(x: Tensor) -> Tensor:
 
 
 class TwoHot(nn.Module):
-    """A scalar as a distribution over ``bins`` values, symexp of equal steps in [low, high] (2301.04104, eq. 9-10).
+    """A scalar as a distribution over ``bins`` values, symexp of equal steps in [low, high] (2301.04104v2, eq. 9-10).
 
     Mean and code are linear in the scalar itself, not in its symlog: an expectation taken in symlog space lies below
     that of the scalar wherever there is spread, and bootstrapping would pile the difference up.

@@ -1,9 +1,9 @@
 """The learned gate: a small network that foretells how much more the loop would lower the loss.
 
-It learns from the realised loss drop alone. The gate printed in 2606.18208 (section 3.4) weighs the losses of all
-depths while it learns and is left with little but its entropy term, and 2607.20519 finds that training a gate together
-with the trajectory is what spoils the trajectory. So here the loop is trained by its depth prior, as without a gate;
-states and losses enter ``gate_loss`` detached, and nothing flows back.
+It learns from the realised loss drop alone. The gate printed in 2606.18208 (equations 11 and 12) stops the loop at
+inference and stands in no loss but its own entropy's, which has nothing to do with the prediction, and 2607.20519 finds
+that training a gate together with the trajectory is what spoils the trajectory. So here the loop is trained by its
+depth prior, as without a gate; states and losses enter ``gate_loss`` detached, and nothing flows back.
 """
 
 from __future__ import annotations
