@@ -247,6 +247,7 @@ def main(arguments: list[str]) -> None:
     more.add_argument(
         "--rates-in-full", action="store_true", help="a rate for each size, by whole trainings of all seeds"
     )
+    p.add_argument("--models", nargs="+", metavar="NAME", help="some of the ladder, loops and controls (default: all)")
     args = p.parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task
     seeds, each = (range(1), 100) if args.quick else (range(args.seeds), 1000)
@@ -256,6 +257,12 @@ def main(arguments: list[str]) -> None:
         p.error(f"--more-of {error}")
     if earlier and args.quick:
         p.error("--more-of: not with --quick")
+    if args.models:
+        known = set(args.models) <= set(task.ladder)
+        if not known or {True, False} != {task.models[name].looped for name in args.models}:
+            p.error(f"--models: loops and controls of {', '.join(map(repr, task.ladder))}")
+        task.ladder = {name: some for name, some in task.ladder.items() if name in args.models}
+        earlier = {key: row for key, row in earlier.items() if key[0] in task.ladder}
     ladder = sizes(task, args, folder, earlier)
     if {name for name, _ in earlier} >= set(task.ladder):
         args.rates = None  # nothing was chosen from them: the earlier result's stand in the rows

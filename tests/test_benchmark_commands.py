@@ -42,6 +42,11 @@ def test_parameter_efficiency(run):
     assert result["verdict"].startswith("up to 8 letters: at an error of ")
     measured = ["up to 8 letters", "5 steps in a row", "20 steps in a row", "50 steps in a row"]
     assert all(list(row["error"]) == measured == Permutation().measured for row in result["rows"])
+    some = run(parameter_efficiency, "--models", "looped", "stacked")
+    assert {row["model"] for row in some["rows"]} == {"looped", "stacked"} == set(some["options"]["models"])
+    for names in (["looped"], ["stacked", "single_pass"], ["looped", "stacked", "nothing"]):
+        with pytest.raises(SystemExit):
+            run(parameter_efficiency, "--models", *names)
 
 
 def test_loop_design(run):
