@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from agents import load_agent, use_threads
-from envs import RenderingUnavailable, TaskError, make_vector_env
+from envs import LONGEST_EVALUATION, RenderingUnavailable, TaskError, make_vector_env, space_dims
 from loopwm.config import ConfigError
 from loopwm.training.checkpoint import CheckpointError
 from loopwm.training.interrupt import INTERRUPTED
@@ -49,10 +49,17 @@ def main(arguments: list[str]) -> int:
         agent, cfg, frames = load_agent(args.run_dir, **budget, device=args.device, frames=args.frames)
         if args.loops is not None and cfg.dynamics.name != "looped":
             raise ConfigError(f"--loops: dynamics={cfg.dynamics.name} has no loop whose depth could be chosen")
+        planning = min(cfg.agent.plan_samples, cfg.agent.eval_samples) > 0
+        if args.loops is not None and not planning:
+            raise ConfigError("--loops: the policy alone acts, and it makes no predictions")
         use_threads(cfg.threads)
-        make = functools.partial(make_vector_env, cfg.task.id, action_repeat=cfg.task.action_repeat)
-        result = rollout(agent, make(min(args.episodes, 10)), args.episodes, seed=args.seed)
-        looping = cfg.dynamics.name == "looped" and min(cfg.agent.plan_samples, cfg.agent.eval_samples) > 0
+        told = {"action_repeat": cfg.task.action_repeat, "longest": LONGEST_EVALUATION}
+        make = functools.partial(make_vector_env, cfg.task.id, **told)
+        venv = make(min(args.episodes, 10))
+        if space_dims(venv) != (agent.obs_dim, agent.action_dim, agent.discrete):
+            raise TaskError(f"task '{cfg.task.id}' has other observations or actions than this agent was trained on")
+        result = rollout(agent, venv, args.episodes, seed=args.seed)
+        looping = cfg.dynamics.name == "looped" and planning
         summary = {"run_dir": str(args.run_dir), "task": cfg.task.id, "frames": frames, "eval_episodes": args.episodes}
         summary |= {"eval_return_mean": float(result.returns.mean()), "eval_return_std": float(result.returns.std())}
         summary |= {"eval_returns": result.returns.tolist(), "eval_length_mean": float(result.lengths.mean())}

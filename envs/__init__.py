@@ -2,11 +2,12 @@
 
 from envs import worlds  # registers them with Gymnasium
 from envs.errors import RenderingUnavailable, TaskError
-from envs.make import make_env, make_vector_env, resolve_action_repeat
+from envs.make import LONGEST_EVALUATION, make_env, make_vector_env, resolve_action_repeat
 from envs.resume import restore_vector_env, vector_env_state
 from envs.spaces import space_dims
 
 __all__ = [
+    "LONGEST_EVALUATION",
     "RenderingUnavailable",
     "TaskError",
     "make_env",

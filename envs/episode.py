@@ -34,18 +34,19 @@ class EpisodeEnv(gymnasium.Wrapper):
         action_repeat: frames per step, >= 1.
         seed: base seed, >= 0.
         index: which of several parallel envs this is, >= 0.
+        longest: steps after which an episode is truncated; 0: as the environment says.
 
     Raises:
         TaskError: spaces that cannot be flattened or rescaled.
     """
 
-    def __init__(self, env: gymnasium.Env, task: str, *, action_repeat: int, seed: int, index: int):
+    def __init__(self, env: gymnasium.Env, task: str, *, action_repeat: int, seed: int, index: int, longest: int = 0):
         super().__init__(env)
         self.observation_space, self._flatten = flat_observation(env.observation_space, task)
         self.action_space, self._to_native = flat_action(env.action_space, task)
         self._task, self._drawn = task, False
         self._discrete = isinstance(self.action_space, Discrete)
-        self._repeat = action_repeat
+        self._repeat, self._longest = action_repeat, longest
         self._seed, self._index, self._episode = seed, index, -1
         self._actions: list[np.ndarray | int] = []
         self._running = False  # False: no episode, or restored but not yet stepped
@@ -94,8 +95,9 @@ class EpisodeEnv(gymnasium.Wrapper):
                 obs, reward, terminated, truncated, info = self.env.step(native)
                 total += reward
                 if terminated or truncated:
-                    self._running = False
                     break
+            truncated = truncated or (not terminated and len(self._actions) == self._longest)
+            self._running = not (terminated or truncated)
             total = float(np.asarray(total).item())  # some environments give it as an array of one
             flat = self._flatten(obs)
         except Exception as error:
@@ -163,6 +165,12 @@ class EpisodeEnv(gymnasium.Wrapper):
         Returns:
             None, or one line on why the replay failed. Not raised: an exception would kill a worker process.
         """
+        try:
+            return self._prepare_restore(states)
+        except Exception as error:  # an environment that is not what it was may raise anything
+            return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+    def _prepare_restore(self, states: list[dict[str, Any]]) -> str | None:
         state = states[self._index]
         self._seed, self._episode = int(state["seed"]), int(state["episode"]) - 1
         obs, _ = self.reset()

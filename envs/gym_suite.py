@@ -31,9 +31,7 @@ def load(name: str, task: str, render: bool) -> gymnasium.Env:
         return _make(name, told, task, render)
     except (TaskError, RenderingUnavailable):
         raise
-    except Exception as error:  # whatever an environment makes of an argument that it does not expect
-        if not told:
-            raise
+    except Exception as error:  # whatever its constructor raises, of an argument that it does not expect, say
         raise TaskError(f"task '{task}': {type(error).__name__}: {_first_line(error)}") from error
 
 

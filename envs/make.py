@@ -21,11 +21,13 @@ class _Suite:
     action_repeat: int
 
 
+LONGEST_EVALUATION = 10_000  # agent steps of an episode; an agent that stands still would be evaluated for ever
+
 _SUITES = {"dmc": _Suite("envs.dmc", action_repeat=2), "gym": _Suite("envs.gym_suite", action_repeat=1)}
 
 
 def make_env(
-    task: str, *, action_repeat: int = 0, seed: int = 0, index: int = 0, render: bool = False
+    task: str, *, action_repeat: int = 0, seed: int = 0, index: int = 0, render: bool = False, longest: int = 0
 ) -> gymnasium.Env:
     """Make one environment with flat float32 obs (O,) and actions in [-1, 1] (A,) or Discrete from 0.
 
@@ -35,6 +37,8 @@ def make_env(
         seed: base seed, >= 0. Episode k is a function of (seed, index, k) and the actions.
         index: number of this env among parallel ones, >= 0.
         render: make `render()` return frames, uint8 (H, W, 3). One is drawn here, to fail early.
+        longest: steps after which an episode is truncated that has no time limit of its own (of the environment's spec,
+            as in gym/CliffWalking-v1); 0: none.
 
     Raises:
         TaskError: unknown suite or task, a missing package, or unsupported spaces.
@@ -46,8 +50,10 @@ def make_env(
         raise ValueError(f"seed and index must be >= 0, got seed {seed} and index {index}")
     suite, name = _split(task)
     native = importlib.import_module(suite.module).load(name, task, render)
+    limited = native.spec is not None and native.spec.max_episode_steps is not None
+    cut = 0 if limited else longest
     try:
-        env = EpisodeEnv(native, task, action_repeat=repeat, seed=int(seed), index=int(index))
+        env = EpisodeEnv(native, task, action_repeat=repeat, seed=int(seed), index=int(index), longest=cut)
         if render:
             env.check_rendering()
     except Exception:
@@ -64,6 +70,7 @@ def make_vector_env(
     seed: int = 0,
     workers: bool = False,
     render: bool = False,
+    longest: int = 0,
 ) -> VectorEnv:
     """Make `num_envs` copies, env i with index i, in this process or each in a worker process of its own.
 
@@ -77,7 +84,7 @@ def make_vector_env(
     """
     if num_envs < 1:
         raise ValueError(f"num_envs must be >= 1, got {num_envs}")
-    make = functools.partial(make_env, task, action_repeat=action_repeat, seed=seed, render=render)
+    make = functools.partial(make_env, task, action_repeat=action_repeat, seed=seed, render=render, longest=longest)
     env_fns = [functools.partial(make, index=index) for index in range(num_envs)]
     if not workers:
         return _SyncVectorEnv(env_fns, autoreset_mode=AutoresetMode.NEXT_STEP)
@@ -139,3 +146,13 @@ class _AsyncVectorEnv(_OneSeed, AsyncVectorEnv):
         finally:
             if here:
                 signal.signal(signal.SIGINT, before)
+
+    def step(self, actions):
+        try:
+            return super().step(actions)
+        except (EOFError, ConnectionError) as error:
+            raise TaskError("the process of an environment has ended (killed, for want of memory?)") from error
+
+    def close_extras(self, timeout=None, terminate=False):
+        gone = not all(process.is_alive() for process in self.processes)  # it would be asked to close
+        super().close_extras(timeout, terminate or gone)

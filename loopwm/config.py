@@ -104,9 +104,7 @@ class DynamicsConfig(Section):
     max_loops: Count = 8  # most loops in one prediction, drawn in training or adaptive, loops
     min_loops: Count = 1  # fewest loops before a sample may stop when acting, loops
     depth_sampler: DepthSampler = "poisson"  # how training draws the depth
-    mode: LoopMode = (
-        "certified"  # certified, lipsdp: the loop contracts; linear: its linear path alone; soft: with a penalty
-    )
+    mode: LoopMode = "certified"  # certified, lipsdp: the loop contracts; linear: its linear path; soft: by a penalty
     gamma: Fraction = 0.95  # share of the contraction margin the certified block may use, in (0, 1)
     injection: Injection = "zoh"  # how the prelude enters each loop
     activation: LoopActivation = "relu"  # of the block (rank has none); loops of relu alone run fused

@@ -24,6 +24,7 @@ def split(overrides: Iterable[str], keys: Iterable[str]) -> tuple[dict[str, str]
     Raises ConfigError.
     """
     choices: dict[str, str] = {}
+    named: dict[str, str] = {}  # by GROUP.name
     values: dict[str, str] = {}
     for word in overrides:
         key, equals, text = word.partition("=")
@@ -46,11 +47,16 @@ def split(overrides: Iterable[str], keys: Iterable[str]) -> tuple[dict[str, str]
             if text not in groups()[key]:
                 raise ConfigError(f"{key}={text!r}: {not_among(text, groups()[key])}")
         elif key.endswith(".name") and text in groups().get(key.removesuffix(".name"), ()):
-            choices[key.removesuffix(".name")] = text  # which may set more than the name, as for a control its mode
+            named[key.removesuffix(".name")] = text  # which may set more than the name, as for a control its mode
         elif key in keys:
             values[key] = text
         else:
             raise unknown(key, keys)
+    for group, name in named.items():
+        if group in choices:  # beside agent=fast, agent.name=planner is the name alone
+            values[f"{group}.name"] = name
+        else:
+            choices[group] = name
     return choices, values
 
 

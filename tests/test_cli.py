@@ -344,6 +344,32 @@ def test_loops_and_samples(finished, capsys):
     assert json.loads(capsys.readouterr().out)["loops"] is None  # nothing is predicted
 
 
+def test_loops_are_refused_where_the_policy_alone_acts(finished, capsys):
+    assert "the policy alone acts" in evaluation_error(capsys, finished, "--samples", "0", "--loops", "3")
+
+
+def test_a_checkpoint_of_something_else(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "x")
+    for state in ([1, 2], {"agent": {}}, {"dims": [4, "2", True], "agent": {}}):
+        torch.save(state, tmp_path / "x" / "checkpoints" / "00000060" / "state.pt")
+        assert "checkpoint" in evaluation_error(capsys, tmp_path / "x")
+
+
+def test_a_task_that_has_changed_its_observations(finished, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "space_dims", lambda venv: (9, 2, True))
+    assert "other observations or actions" in evaluation_error(capsys, finished)
+
+
+def test_an_evaluation_ends_where_the_task_sets_no_limit(tmp_path, capsys, monkeypatch):
+    """CliffWalking, whose agent need not arrive: cut at the longest evaluation, in training and after it."""
+    for program in (envs, evaluate):
+        monkeypatch.setattr(program, "LONGEST_EVALUATION", 30)
+    assert run(tmp_path, *SHORT[len(CARTPOLE) :], "task=gym/CliffWalking-v1", "eval_every=40") == 0
+    capsys.readouterr()
+    assert evaluate.main([str(tmp_path), "--episodes", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["eval_length_mean"] <= 30
+
+
 def test_an_earlier_checkpoint(finished, capsys):
     def frames(*words):
         assert evaluate.main([str(finished), "--episodes", "1", "--json", *words]) == 0

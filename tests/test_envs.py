@@ -397,6 +397,46 @@ def test_states_that_do_not_fit_are_refused(make):
         restore_vector_env(venv, states)
 
 
+def test_an_environment_that_fails_while_its_episode_is_replayed(make, monkeypatch):
+    """Its reason comes as a line, since an exception would end a worker process; the environment can be reset."""
+    venv = make("gym/Counting-v0", 1)
+    venv.reset()
+    roll(venv, 3)
+    states = vector_env_state(venv)
+    native = venv.envs[0].env.unwrapped
+    monkeypatch.setattr(native, "_length", 1)  # it asserts that nobody goes beyond its end
+    monkeypatch.setattr(native, "_ends", "never")
+    with pytest.raises(RuntimeError, match="cannot replay the saved episode.*AssertionError"):
+        restore_vector_env(venv, states)
+    monkeypatch.undo()
+    assert venv.reset()[0].shape == (1, 2)
+
+
+def test_a_worker_that_was_killed_is_one_line(make):
+    venv = make("gym/Counting-v0", 2, workers=True)
+    venv.reset()
+    venv.processes[1].kill()
+    venv.processes[1].join()
+    with pytest.raises(TaskError, match="process of an environment has ended"):
+        for _ in range(2):
+            venv.step(np.zeros(2, np.int64))
+    venv.close()
+    assert not any(process.is_alive() for process in venv.processes)
+
+
+def test_an_episode_without_a_time_limit_is_cut_where_it_is_told(make):
+    """The third step is truncated, unless the environment ends there itself, or has a limit of its own."""
+    for task, flags in (("gym/Counting-v0?length=9", (False, True)), ("gym/Counting-v0?length=3", (True, False))):
+        venv = make(task, 1, longest=3)
+        venv.reset()
+        ends = [venv.step(np.zeros(1, np.int64))[2:4] for _ in range(3)]
+        assert [bool(t[0] or u[0]) for t, u in ends] == [False, False, True]
+        assert tuple(bool(x[0]) for x in ends[-1]) == flags
+    limited = make("gym/CartPole-v1?max_episode_steps=5", 1, longest=3)
+    limited.reset()
+    assert not any(limited.step(np.ones(1, np.int64))[3][0] for _ in range(3))
+
+
 # ---------------------------------------------------------------- errors
 
 WRONG = {

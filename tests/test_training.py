@@ -405,6 +405,33 @@ def test_the_last_ones_are_kept(keep, tmp_path):
     assert len(list((tmp_path / "checkpoints" / "replay").iterdir())) <= 8, "overwritten rows stay on the disk"
 
 
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_kill_while_the_only_checkpoint_is_written_again_loses_nothing(renames, tmp_path, monkeypatch):
+    """Killed before any of the renames of a second save of frame 10, or after them: one of the two is there."""
+    keeper, replay = Checkpoints(tmp_path, keep=1), grown(Replay(60, 2, 3, 2), 7)
+    keeper.save(10, {"step": "old"}, replay)
+    done, rename = [], Path.rename
+
+    def killed(path, to):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(path)
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    if renames < 2:
+        with pytest.raises(KeyboardInterrupt):
+            keeper.save(10, {"step": "new"}, replay)
+    else:
+        keeper.save(10, {"step": "new"}, replay)
+    monkeypatch.undo()
+    fresh = Replay(60, 2, 3, 2)
+    assert Checkpoints(tmp_path).load_newest(fresh)["step"] == ("new" if renames == 2 else "old")
+    assert_rows(fresh, 7)
+    Checkpoints(tmp_path, keep=1).save(20, {}, replay)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["00000020", "replay"]
+
+
 def test_more_rows_between_checkpoints_than_the_ring_holds(tmp_path):
     keeper, replay = Checkpoints(tmp_path), Replay(60, 2, 3, 2)
     for step, rows in enumerate((20, 90, 95, 300)):

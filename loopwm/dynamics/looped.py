@@ -41,7 +41,8 @@ class LoopedDynamics(nn.Module):
 
     Second derivatives by z and action are exact where all samples go equally deep, or adaptively; those that would go
     through normalised weights, several depths at once, block ``rank`` or implicit gradients raise RuntimeError. Under
-    autocast the certificate stays in full precision.
+    autocast weights are folded, and bounds computed, in full precision; loops then multiply by these in 16 bits, so
+    that a factor may lie above the bound by their rounding: by at most 0.8 % of the block's share with bfloat16.
 
     Args:
         latent_dim: Z. action_dim: A. hidden_dim: D, width of h.

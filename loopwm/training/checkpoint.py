@@ -22,6 +22,7 @@ import torch
 from loopwm.training.lock import lock_folder
 from loopwm.training.replay import Replay
 
+ASIDE = ".old"  # of the folder that a new one takes the place of
 KEEP = 2  # unless told otherwise; the last but one is for a disk that tears the last
 
 
@@ -64,6 +65,7 @@ class Checkpoints:
             OSError: it cannot be written (disk full); the earlier checkpoints are as they were.
         """
         self._replay.mkdir(parents=True, exist_ok=True)
+        self._put_back()
         self._drop_drafts()
         before = self._rows
         self._save_replay(replay)
@@ -73,10 +75,21 @@ class Checkpoints:
         buffer = io.BytesIO()  # torch.save into a file hides what the disk says
         torch.save(state, buffer)
         _write(draft / "state.pt", buffer.getbuffer())
-        shutil.rmtree(final, ignore_errors=True)  # there if it was unreadable, or a reset ago
+        if final.exists():  # unreadable, or of the same frame: kept until the new one stands
+            final.rename(self.folder / f".{final.name}{ASIDE}")
         draft.rename(final)
         _sync_folder(self.folder)
+        self._put_back()
         self._drop_old(frames, before - replay.rows)
+
+    def _put_back(self) -> None:
+        """A checkpoint that was put aside for a new one of its frame: back, if a kill kept that from coming."""
+        for aside in self.folder.glob(f".*{ASIDE}"):
+            final = self.folder / aside.name.removeprefix(".").removesuffix(ASIDE)
+            if final.exists():
+                shutil.rmtree(aside)
+            else:
+                aside.rename(final)
 
     def _drop_drafts(self) -> None:
         """What a kill in mid-write left."""
@@ -125,6 +138,7 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints, and none can be read.
         """
+        self._put_back()
         errors = []
         for frames in reversed(self.frames()):
             try:

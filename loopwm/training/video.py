@@ -59,4 +59,6 @@ def save_video(path: Path, images: np.ndarray, fps: float) -> None:
     import imageio.v2 as imageio
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    imageio.mimwrite(path, list(images), fps=fps, macro_block_size=8)
+    draft = path.with_name(f".{path.stem}.tmp{path.suffix}")  # the suffix says what is written
+    imageio.mimwrite(draft, list(images), fps=fps, macro_block_size=8)
+    draft.replace(path)
