@@ -57,9 +57,7 @@ class Recipe:
     skip: bool = False  # whether the block has a linear layer beside its own
     injection: str = "zoh"  # a name in INJECTIONS (on grids)
     order: str = "abab"  # how loops go through a block of several layers, a name in ORDERS (on grids)
-    sampler: str = (
-        ""  # in DEPTH_SAMPLERS, of a depth for each example, with the mean of ``quarters``; else by the batch
-    )
+    sampler: str = ""  # a name in DEPTH_SAMPLERS: a depth for each example, of the mean of ``quarters``
     early: float = 0.0  # weight of the loss at a random earlier loop (on grids)
 
     @property
@@ -227,7 +225,8 @@ class Task:
         """Mean loss of the examples that can be known after ``spent`` loops (B,); None: of all."""
         losses, weight = self.losses(prediction, batch.target), torch.ones(len(batch), device=batch.target.device)
         if spent is not None:
-            weight = (self.loops_needed(batch.difficulty) <= spent * recipe.layers[1]).float()
+            told = torch.as_tensor(spent, device=batch.difficulty.device)  # a sampler's stands on the CPU
+            weight = (self.loops_needed(batch.difficulty) <= told * recipe.layers[1]).float()
         return (losses * weight).sum() / weight.sum().clamp_min(1.0)
 
 

@@ -49,7 +49,9 @@ def test_parameter_efficiency(run):
             run(parameter_efficiency, "--models", *names)
 
 
-def test_loop_design(run):
+def test_loop_design(run, monkeypatch):
+    depths, predict = [], loop_design.predict_errors
+    monkeypatch.setattr(loop_design, "predict_errors", lambda *a: depths.append(a[3]) or predict(*a))
     result = run(loop_design)
     rows = {row["model"]: row for row in result["rows"]}
     assert list(rows) == list(loop_design.designs(Permutation())) and rows[loop_design.BASE]["injection"] == "zoh"
@@ -59,6 +61,9 @@ def test_loop_design(run):
     assert len(set(sizes.values())) == 1 < two[0]["parameters"] == two[1]["parameters"] > sizes[loop_design.BASE]
     assert two[0]["loops"] * two[0]["layers"][1] == TINY["loops"]
     assert all(f"{name}: " in result["verdict"] for name in list(rows)[1:])
+    assert depths == [size * loop_design.DEEP for size in [8] * 8 + [4] * 2], "the same FLOPs for all"
+    with pytest.raises(SystemExit):
+        run(loop_design, "--rate-seeds", "0")
 
 
 def test_depth_extrapolation(run):
