@@ -98,18 +98,17 @@ def load_agent(
     else:
         cfg, frames = read_run(path, frames)
         state = Checkpoints(path).load(frames)  # onto the CPU, as the trainer does; restoring copies to the device
-        try:
-            dims, weights = state["dims"], state["agent"]
-        except (KeyError, TypeError):
-            raise CheckpointError(f"{path}: its checkpoint at frame {frames} is not one of this program") from None
-        restore = methodcaller("load_state_dict", weights)
+        if not isinstance(state, dict) or not {"dims", "agent"} <= state.keys() or len(state["dims"]) != 3:
+            raise CheckpointError(f"{path}: its checkpoint at frame {frames} is not one of this program")
+        dims = [int(n) for n in state["dims"][:2]] + [bool(state["dims"][2])]
+        restore = methodcaller("load_state_dict", state["agent"])
     changes = {"plan_loops": plan_loops, "plan_samples": plan_samples, "eval_samples": plan_samples}
     changes = {name: value for name, value in changes.items() if value is not None}
     cfg = dataclasses.replace(cfg, agent=dataclasses.replace(cfg.agent, **changes))
     try:
         agent = make_agent(cfg, *dims, device=target)
         restore(agent)
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"{run_dir}: its checkpoint does not fit its config ({reason})") from None
     return agent, cfg, frames

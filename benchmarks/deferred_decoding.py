@@ -3,7 +3,7 @@
 Small world models (encoder, looped dynamics, decoder; the default agent's sizes) learn five steps of a DMC task open
 loop by one of the ways below, with the same data, updates and first weights, each at its own learning rate (the best on
 validation data after whole trainings of seed 0). ``published`` is deferred decoding as in 2606.18208 (section 3.5),
-with paths that cost something where they are longer than those of the encoded observations; the ways called
+with paths that cost something where their steps are longer than the mean between encoded observations; the ways called
 ``deferred`` have a penalty on the mean signed error of latents in its place (``deferred_decoding_loss``). All weights
 are one. Errors are of decoded observations 1 to 50 steps ahead, in standard deviations.
 """

@@ -169,7 +169,7 @@ class Task:
 
     def measures(self, errors: Tensor, difficulty: Tensor) -> dict[str, float]:
         """The figures that stand for a model's errors (n, ...) on test data of the trained difficulty, by name."""
-        return {f"up to {self.trained} {self.unit}": self.pool(errors)}
+        return {self.measured[0]: self.pool(errors)}
 
     @property
     def measured(self) -> list[str]:

@@ -275,8 +275,8 @@ class TimeWarp(VectorTask):
 
     def sequence(self, each: int, steps: int, seed: int) -> list[Examples]:
         """Of episodes of their own, in which no hold is longer than in training."""
-        window = self.windows(each, steps, seed)
-        return [self.decisions(self.steps(seed), rows) for rows in window.T]
+        data = self.steps(seed)
+        return [self.decisions(data, rows) for rows in self.windows(each, steps, seed).T]
 
     def carried(self, inputs: tuple[Tensor, ...], prediction: Tensor) -> tuple[Tensor, ...]:
         return prediction[:, 0], inputs[1]

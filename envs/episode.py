@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Discrete
 
-from envs.errors import RenderingUnavailable, TaskError
+from envs.errors import RenderingUnavailable, TaskError, first_line
 from envs.rendering import unavailable
 from envs.spaces import flat_action, flat_observation
 
@@ -168,7 +168,7 @@ class EpisodeEnv(gymnasium.Wrapper):
         try:
             return self._prepare_restore(states)
         except Exception as error:  # an environment that is not what it was may raise anything
-            return (str(error).strip() or type(error).__name__).splitlines()[0]
+            return first_line(error)
 
     def _prepare_restore(self, states: list[dict[str, Any]]) -> str | None:
         state = states[self._index]

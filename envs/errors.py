@@ -18,3 +18,8 @@ def suggestion(name: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.9)
     near = near or difflib.get_close_matches(name, valid, n=3)
     return f"did you mean {' or '.join(repr(other) for other in near)}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says in its first line, or its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl
 import gymnasium
 from gymnasium.error import DependencyNotInstalled
 
-from envs.errors import RenderingUnavailable, TaskError, suggestion
+from envs.errors import RenderingUnavailable, TaskError, first_line, suggestion
 from envs.rendering import check_backend, prefer_egl
 
 
@@ -32,7 +32,7 @@ def load(name: str, task: str, render: bool) -> gymnasium.Env:
     except (TaskError, RenderingUnavailable):
         raise
     except Exception as error:  # whatever its constructor raises, of an argument that it does not expect, say
-        raise TaskError(f"task '{task}': {type(error).__name__}: {_first_line(error)}") from error
+        raise TaskError(f"task '{task}': {type(error).__name__}: {first_line(error)}") from error
 
 
 def _make(name: str, told: dict[str, Any], task: str, render: bool) -> gymnasium.Env:
@@ -50,14 +50,14 @@ def _make(name: str, told: dict[str, Any], task: str, render: bool) -> gymnasium
             check_backend(task)
         if isinstance(error, (AttributeError, RuntimeError)):
             raise
-        raise TaskError(f"task '{task}' needs a package: {_first_line(error)}") from error
+        raise TaskError(f"task '{task}' needs a package: {first_line(error)}") from error
     except gymnasium.error.UnregisteredEnv as error:
         near = suggestion(f"gym/{name}", (f"gym/{other}" for other in gymnasium.registry))
         package = isinstance(error, gymnasium.error.NamespaceNotFound)  # one that is missing, or mistyped
-        hint = " ".join(part for part in (near, "" if near and not package else _first_line(error)) if part)
+        hint = " ".join(part for part in (near, "" if near and not package else first_line(error)) if part)
         raise TaskError(f"unknown task '{task}'; {hint}") from error
     except gymnasium.error.Error as error:
-        raise TaskError(f"task '{task}': {_first_line(error)}") from error
+        raise TaskError(f"task '{task}': {first_line(error)}") from error
 
 
 def _told(name: str, task: str) -> tuple[str, dict[str, Any]]:
@@ -85,7 +85,3 @@ def _value(text: str, task: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

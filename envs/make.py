@@ -1,10 +1,12 @@
 """One name for an environment of any suite, and one way to make it."""
 
+import contextlib
 import difflib
 import functools
 import importlib
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import gymnasium
@@ -37,8 +39,8 @@ def make_env(
         seed: base seed, >= 0. Episode k is a function of (seed, index, k) and the actions.
         index: number of this env among parallel ones, >= 0.
         render: make `render()` return frames, uint8 (H, W, 3). One is drawn here, to fail early.
-        longest: steps after which an episode is truncated that has no time limit of its own (of the environment's spec,
-            as in gym/CliffWalking-v1); 0: none.
+        longest: steps after which an episode is truncated where Gymnasium's spec of the environment names no limit (as
+            of gym/CliffWalking-v1; one that ends by itself before is not changed); 0: none.
 
     Raises:
         TaskError: unknown suite or task, a missing package, or unsupported spaces.
@@ -50,9 +52,9 @@ def make_env(
         raise ValueError(f"seed and index must be >= 0, got seed {seed} and index {index}")
     suite, name = _split(task)
     native = importlib.import_module(suite.module).load(name, task, render)
-    limited = native.spec is not None and native.spec.max_episode_steps is not None
-    cut = 0 if limited else longest
     try:
+        limited = native.spec is not None and native.spec.max_episode_steps is not None
+        cut = 0 if limited else longest
         env = EpisodeEnv(native, task, action_repeat=repeat, seed=int(seed), index=int(index), longest=cut)
         if render:
             env.check_rendering()
@@ -123,6 +125,14 @@ def _split(task: str) -> tuple[_Suite, str]:
     raise TaskError(f"unknown task '{task}'; {hint}")
 
 
+@contextlib.contextmanager
+def _dead_workers_named() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        raise TaskError("the process of an environment has ended (killed, for want of memory?)") from error
+
+
 class _OneSeed:
     """gymnasium gives env i the seed s + i; here every env gets s, and tells itself apart by its index."""
 
@@ -148,10 +158,16 @@ class _AsyncVectorEnv(_OneSeed, AsyncVectorEnv):
                 signal.signal(signal.SIGINT, before)
 
     def step(self, actions):
-        try:
+        with _dead_workers_named():
             return super().step(actions)
-        except (EOFError, ConnectionError) as error:
-            raise TaskError("the process of an environment has ended (killed, for want of memory?)") from error
+
+    def reset(self, **told):
+        with _dead_workers_named():
+            return super().reset(**told)
+
+    def call(self, name, *args, **kwargs):
+        with _dead_workers_named():
+            return super().call(name, *args, **kwargs)
 
     def close_extras(self, timeout=None, terminate=False):
         gone = not all(process.is_alive() for process in self.processes)  # it would be asked to close

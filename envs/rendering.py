@@ -6,7 +6,7 @@ import sys
 
 from gymnasium.error import DependencyNotInstalled
 
-from envs.errors import RenderingUnavailable
+from envs.errors import RenderingUnavailable, first_line
 
 _HELP = "get it with `apt-get install libegl1 libgl1-mesa-dri` and `MUJOCO_GL=egl`"
 
@@ -16,7 +16,7 @@ def unavailable(error: BaseException, task: str) -> RenderingUnavailable:
 
     A missing Python package (gymnasium says which pip command) is told apart from a missing OpenGL.
     """
-    reason = _first_line(error)
+    reason = first_line(error)
     if isinstance(error, DependencyNotInstalled):
         return RenderingUnavailable(f"cannot render '{task}': {reason}")
     return RenderingUnavailable(f"cannot render '{task}': {_HELP} ({reason})")
@@ -36,7 +36,7 @@ def check_backend(task: str) -> None:
     except Exception as error:  # of a kind that depends on the backend
         raise RenderingUnavailable(
             f"MUJOCO_GL={backend} does not load, which '{task}' needs: {_HELP}, or unset MUJOCO_GL to train "
-            f"without frames ({_first_line(error)})"
+            f"without frames ({first_line(error)})"
         ) from error
 
 
@@ -62,7 +62,3 @@ def prefer_egl() -> BaseException | None:
     if "dm_control._render" in sys.modules:
         importlib.reload(sys.modules["dm_control._render"])
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

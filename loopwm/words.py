@@ -53,11 +53,15 @@ def split(overrides: Iterable[str], keys: Iterable[str]) -> tuple[dict[str, str]
         else:
             raise unknown(key, keys)
     for group, name in named.items():
-        if group in choices:  # beside agent=fast, agent.name=planner is the name alone
-            values[f"{group}.name"] = name
-        else:
-            choices[group] = name
+        option = choices.setdefault(group, name)
+        if option != name and _name_of(group, option) != name:  # agent.name=planner says nothing new of agent=fast
+            raise ConfigError(f"{group}={option} and {group}.name={name}: choose one of them, by {group}=NAME")
     return choices, values
+
+
+def _name_of(group: str, option: str) -> str | None:
+    """What an option of a group sets GROUP.name to."""
+    return yaml.safe_load((CONFIG_DIR / group / f"{option}.yaml").read_text(encoding="utf-8")).get("name")
 
 
 _COMPOSING = threading.Lock()  # Hydra keeps what it composes with in a global

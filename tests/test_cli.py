@@ -350,9 +350,15 @@ def test_loops_are_refused_where_the_policy_alone_acts(finished, capsys):
 
 def test_a_checkpoint_of_something_else(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "x")
-    for state in ([1, 2], {"agent": {}}, {"dims": [4, "2", True], "agent": {}}):
+    foreign, misfit = "is not one of this program", "does not fit its config"
+    for state, said in (
+        ([1, 2], foreign),
+        (torch.zeros(3), foreign),
+        ({"agent": {}}, foreign),
+        ({"dims": [4, "2", True], "agent": {}}, misfit),
+    ):
         torch.save(state, tmp_path / "x" / "checkpoints" / "00000060" / "state.pt")
-        assert "checkpoint" in evaluation_error(capsys, tmp_path / "x")
+        assert said in evaluation_error(capsys, tmp_path / "x")
 
 
 def test_a_task_that_has_changed_its_observations(finished, capsys, monkeypatch):

@@ -373,6 +373,15 @@ def test_a_group_chosen_by_its_name_is_the_group():
     assert load_config(["dynamics.name=wide", "dynamics.mode=certified"]).dynamics.mode == "certified"
 
 
+def test_a_name_beside_the_choice_of_its_group():
+    """It is that of the option, or one of the two is wrong: the option sets more than the name."""
+    for words in (["agent=fast", "agent.name=planner"], ["agent.name=planner", "agent=fast"]):
+        assert load_config(words).agent.model_every == load_config(["agent=fast"]).agent.model_every == 4
+    for words in (["dynamics=looped", "dynamics.name=stacked"], ["dynamics.name=looped", "dynamics=single_pass"]):
+        with pytest.raises(ConfigError, match="choose one of them, by dynamics=NAME"):
+            load_config(words)
+
+
 def test_the_words_of_the_loop_are_its_registries():
     """Settings may not import torch, so these are spelt out twice."""
     offered = {

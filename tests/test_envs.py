@@ -417,9 +417,9 @@ def test_a_worker_that_was_killed_is_one_line(make):
     venv.reset()
     venv.processes[1].kill()
     venv.processes[1].join()
-    with pytest.raises(TaskError, match="process of an environment has ended"):
-        for _ in range(2):
-            venv.step(np.zeros(2, np.int64))
+    for ask in (lambda: venv.step(np.zeros(2, np.int64)), venv.reset, lambda: vector_env_state(venv)):
+        with pytest.raises(TaskError, match="process of an environment has ended"):
+            ask()
     venv.close()
     assert not any(process.is_alive() for process in venv.processes)
 

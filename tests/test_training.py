@@ -425,8 +425,10 @@ def test_a_kill_while_the_only_checkpoint_is_written_again_loses_nothing(renames
     else:
         keeper.save(10, {"step": "new"}, replay)
     monkeypatch.undo()
-    fresh = Replay(60, 2, 3, 2)
-    assert Checkpoints(tmp_path).load_newest(fresh)["step"] == ("new" if renames == 2 else "old")
+    fresh, step = Replay(60, 2, 3, 2), "new" if renames == 2 else "old"
+    reader = Checkpoints(tmp_path)  # as evaluate.py reads: it holds no lock, and moves nothing
+    assert reader.frames() == [10] and reader.load(10)["step"] == step
+    assert Checkpoints(tmp_path).load_newest(fresh)["step"] == step
     assert_rows(fresh, 7)
     Checkpoints(tmp_path, keep=1).save(20, {}, replay)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["00000020", "replay"]

@@ -53,8 +53,8 @@ class Checkpoints:
 
     def frames(self) -> list[int]:
         """Env frames of the complete checkpoints, oldest first."""
-        found = (p.parent.name for p in self.folder.glob("*/state.pt"))
-        return sorted(int(name) for name in found if name.isdigit())
+        found = (p.parent.name.removeprefix(".").removesuffix(ASIDE) for p in self.folder.glob("*/state.pt"))
+        return sorted({int(name) for name in found if name.isdigit()})
 
     # ---- writing ------------------------------------------------------------------------------------------
 
@@ -171,6 +171,8 @@ class Checkpoints:
 
     def _read(self, frames: int, replay: Replay | None = None) -> dict[str, Any]:
         path = self.folder / f"{frames:08d}" / "state.pt"
+        if not path.exists():  # the moment in which another takes its place
+            path = self.folder / f".{frames:08d}{ASIDE}" / "state.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             if replay is not None:

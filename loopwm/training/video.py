@@ -60,5 +60,8 @@ def save_video(path: Path, images: np.ndarray, fps: float) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.stem}.tmp{path.suffix}")  # the suffix says what is written
-    imageio.mimwrite(draft, list(images), fps=fps, macro_block_size=8)
-    draft.replace(path)
+    try:
+        imageio.mimwrite(draft, list(images), fps=fps, macro_block_size=8)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
