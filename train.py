@@ -31,21 +31,20 @@ def build(cfg: Config, run_dir: Path) -> Trainer:
     device = resolve_device(cfg.device)
     seed_random(cfg.seed)
     make = functools.partial(envs.make_vector_env, task, action_repeat=repeat)
-    evaluated = functools.partial(make, longest=envs.LONGEST_EVALUATION)
     venv = make(cfg.num_envs, seed=cfg.seed, workers=cfg.workers)
     obs_dim, action_dim, discrete = envs.space_dims(venv)
     schedule = {f.name: getattr(cfg, f.name) for f in fields(Schedule) if f.name != "action_repeat"}
     return Trainer(
         make_agent(cfg, obs_dim, action_dim, discrete, device),
         venv,
-        evaluated(min(cfg.eval_episodes, 10)),
+        make(min(cfg.eval_episodes, 10), longest=envs.LONGEST_EVALUATION),
         Replay(cfg.replay.capacity, cfg.num_envs, obs_dim, action_dim, seed=cfg.seed, path=cfg.replay.path),
         run_dir,
         Schedule(**schedule, action_repeat=repeat),
         seed=cfg.seed,
         save_env=envs.vector_env_state,
         restore_env=envs.restore_vector_env,
-        make_video_env=functools.partial(evaluated, 1, render=True),
+        make_video_env=functools.partial(make, 1, render=True, longest=envs.LONGEST_EVALUATION),
         summary=describe(cfg),
     )
 
