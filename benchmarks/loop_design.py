@@ -69,11 +69,10 @@ def verdict(rows: list[dict]) -> tuple[dict, str]:
         parts = [f"{word} by {', '.join(some)}" for word, some in (("better", better), ("worse", worse)) if some]
         if name != BASE:
             said.append(f"{name}: " + (" and ".join(parts) or "no difference that every seed has"))
-    chance = 2 ** (len(found[BASE][measures[0]]) - 1)
-    return headline, (
-        f"Beside the loop {BASE}, on every seed: " + "; ".join(said) + f". Of {len(said) * len(measures)} comparisons "
-        f"one in {chance} would agree on every seed by chance."
-    )
+    seeds = len(found[BASE][measures[0]])
+    chance = f"one in {2 ** (seeds - 1)} would agree on every seed by chance" if seeds > 1 else "all are of one seed"
+    compared = f"Of {len(said) * len(measures)} comparisons {chance}."
+    return headline, f"Beside the loop {BASE}, on every seed: {'; '.join(said)}. {compared}"
 
 
 def draw(task: Task, rows: list[dict], path: Path) -> None:
@@ -85,9 +84,10 @@ def draw(task: Task, rows: list[dict], path: Path) -> None:
             errors = [max(row["error"][measure], FLOOR) for row in rows if row["model"] == name]
             axes.plot(errors, [place] * len(errors), ".", color="C0", alpha=0.6)
             axes.plot(np.mean(errors), place, "|", color="C3", ms=12, mew=2)
-        axes.set(xscale="log", title=measure, xlabel=task.error_name.split(",")[0])
+        axes.set(xscale="log", title=measure)
         axes.grid(alpha=0.25)
     panels[0].set_yticks(range(len(names)), names)
+    figure.supxlabel(task.error_name.split(",")[0], fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
