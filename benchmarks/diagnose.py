@@ -34,7 +34,7 @@ from torch import Tensor
 from agents import PlannerAgent, load_agent
 from agents.mppi import score_all
 from benchmarks.harness import interval, parser, refusing, report
-from envs import TaskError, make_vector_env
+from envs import LONGEST_EVALUATION, TaskError, make_vector_env
 from loopwm.inspect.measure import unexplained
 from loopwm.model.encoders import latent_spread, step_error, symlog
 from loopwm.training.rollout import rollout
@@ -66,7 +66,8 @@ def play(agent: PlannerAgent, task: str, repeat: int, episodes: int, noisy: bool
     Raises:
         TaskError: that is too soon to look ``max(STEPS)`` ahead.
     """
-    venv, agent = make_vector_env(task, episodes, seed=SEED, action_repeat=repeat), agent.evaluator()
+    venv = make_vector_env(task, episodes, seed=SEED, action_repeat=repeat, longest=LONGEST_EVALUATION)
+    agent = agent.evaluator()
     obs, rows, ended = venv.reset(seed=SEED)[0], [], False
     first, stream = np.ones(episodes, bool), torch.Generator().manual_seed(SEED)
     while not ended:
@@ -86,7 +87,7 @@ def play(agent: PlannerAgent, task: str, repeat: int, episodes: int, noisy: bool
 
 def episode_returns(agent: PlannerAgent, task: str, repeat: int, episodes: int) -> np.ndarray:
     """Returns (E,) of the same episodes for every agent, played to their ends."""
-    venv = make_vector_env(task, episodes, action_repeat=repeat)
+    venv = make_vector_env(task, episodes, action_repeat=repeat, longest=LONGEST_EVALUATION)
     found = rollout(agent, venv, episodes, seed=SEED).returns
     venv.close()
     return found

@@ -204,9 +204,7 @@ def avalanches(each: int, longest: int, seed: int, size: int) -> Examples:
     found: list[list[tuple[np.ndarray, ...]]] = [[] for _ in bins]
     while any(sum(len(part[1]) for part in kept) < each for kept in found):
         pile, cell = recurrent_piles(rng, 4096, size), rng.integers(0, size * size, 4096)
-        loaded = pile.copy()
-        loaded.reshape(len(pile), -1)[np.arange(len(pile)), cell] += 1
-        after, rounds, _ = topple(loaded)
+        after, rounds = dropped(pile, cell)
         for kept, (low, high) in zip(found, bins, strict=True):
             room = each - sum(len(part[1]) for part in kept)
             rows = np.flatnonzero((rounds >= low) & (rounds <= high))[:room]
@@ -227,13 +225,18 @@ def drops_in_a_row(each: int, steps: int, seed: int) -> list[Examples]:
         wanted = np.arange(each)
         while len(wanted):
             cell[wanted] = rng.integers(0, SIZE * SIZE, len(wanted))
-            loaded = pile[wanted]
-            loaded.reshape(len(wanted), -1)[np.arange(len(wanted)), cell[wanted]] += 1
-            after[wanted], rounds[wanted], _ = topple(loaded)
+            after[wanted], rounds[wanted] = dropped(pile[wanted], cell[wanted])
             wanted = wanted[rounds[wanted] > Sandpile.trained]
         found.append(drops(pile, cell, after, rounds))
         pile = after
     return found
+
+
+def dropped(pile: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the stable piles (n, S, S), rounds (n,)) after a grain on a cell (n,) of each pile (n, S, S)."""
+    loaded = pile.copy()
+    loaded.reshape(len(pile), -1)[np.arange(len(pile)), cell] += 1
+    return topple(loaded)[:2]
 
 
 def drops(pile: np.ndarray, cell: np.ndarray, after: np.ndarray, rounds: np.ndarray) -> Examples:

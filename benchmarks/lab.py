@@ -174,7 +174,7 @@ class Task:
     @property
     def measured(self) -> list[str]:
         """The names of all that ``parameter_efficiency`` reports of a model."""
-        return [f"up to {self.trained} {self.unit}", *map(in_a_row, self.in_a_row)]
+        return [f"up to {self.trained} {self.unit}", *map(row_name, self.in_a_row)]
 
     def within(self, error: float, best: float, loss: float) -> bool:
         """Whether ``error`` is at most ``loss`` more than ``best``: of all answers, or of the distance."""
@@ -264,7 +264,7 @@ def open_loop_errors(
     return torch.cat(rows)
 
 
-def in_a_row(steps: int) -> str:
+def row_name(steps: int) -> str:
     """The name of the error after so many steps open loop."""
     return f"{steps} steps in a row"
 

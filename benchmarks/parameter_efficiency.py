@@ -8,8 +8,8 @@ Loops of several widths and a ladder of controls learn one step of a world, or f
 control is better an upper one. It is read off the mean errors, and off those of each seed, all of which must agree
 before the loop is said to need fewer. ``--more-of`` an earlier result keeps its rows and learning rates and trains
 the seeds that it lacks; rows that lack an error are measured anew, and trained anew where their weights are gone. A
-model's rate is the best on validation data after a quarter of the steps, which favours large ones; with ``--rates-in-
-full`` each size has its own, by whole trainings.
+model's rate is the best on validation data after a quarter of the steps, which favours large ones; with
+``--rates-in-full`` each size has its own, by whole trainings.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from benchmarks.lab import (
     Task,
     choose_rates_in_full,
     count,
-    in_a_row,
     load,
     open_loop_errors,
     predict_errors,
     prepared,
     recipe_of,
+    row_name,
     summary,
     train_all,
     with_steps,
@@ -93,7 +93,7 @@ def evaluate(task: Task, name: str, recipe: Recipe, folder: Path, each: int) -> 
     if task.in_a_row:
         sequence = task.sequence(each, max(task.in_a_row), IN_A_ROW)
         errors = open_loop_errors(task, model, sequence, recipe.depth())
-        found |= {in_a_row(steps): task.pool(errors[:, steps - 1]) for steps in task.in_a_row}
+        found |= {row_name(steps): task.pool(errors[:, steps - 1]) for steps in task.in_a_row}
     found = {measure: round(error, 5) for measure, error in found.items()}
     return summary(recipe, folder) | {"model": name, "error": found}
 

@@ -127,9 +127,8 @@ class VectorTask(Task):
         """The environment that the data of a seed are of."""
         return self.env_id
 
-    def windows(self, each: int, length: int, seed: int) -> np.ndarray:
-        """(n, length) rows of ``steps`` that follow one another in an episode; at most ``each`` of them, at random."""
-        episode = self.steps(seed)["episode"]
+    def windows(self, episode: np.ndarray, each: int, length: int, seed: int) -> np.ndarray:
+        """(n, length) rows that follow one another in one of the episodes (N,); at most ``each`` of them, at random."""
         whole = np.flatnonzero(episode[: 1 - length or None] == episode[length - 1 :])
         return np.random.default_rng(seed).permutation(whole)[:each, None] + np.arange(length)
 
@@ -228,7 +227,7 @@ class Control(VectorTask):
     def examples(self, each: int, longest: int, seed: int, size: int | None = None) -> Examples:
         """Windows of one episode: of 5 steps in training and validation, of 50 in the test; at most ``each``."""
         data, horizon = self.steps(seed), self.horizons[-1] if seed == TEST else self.trained_horizon
-        window = self.windows(each, horizon, seed)
+        window = self.windows(data["episode"], each, horizon, seed)
         inputs = (self.standardised(data["obs"][window[:, 0]]), torch.from_numpy(data["action"][window]))
         return Examples(inputs, self.standardised(data["after"][window]), torch.zeros(len(window), dtype=torch.long))
 
@@ -276,7 +275,7 @@ class TimeWarp(VectorTask):
     def sequence(self, each: int, steps: int, seed: int) -> list[Examples]:
         """Of episodes of their own, in which no hold is longer than in training."""
         data = self.steps(seed)
-        return [self.decisions(data, rows) for rows in self.windows(each, steps, seed).T]
+        return [self.decisions(data, rows) for rows in self.windows(data["episode"], each, steps, seed).T]
 
     def carried(self, inputs: tuple[Tensor, ...], prediction: Tensor) -> tuple[Tensor, ...]:
         return prediction[:, 0], inputs[1]

@@ -66,12 +66,12 @@ class Cell(nn.Module):
     """What the cells of every block have in common: the linear path, the mode, and the bound made of both.
 
     A cell's block is Rbar(h, e) = g R(h, e). In mode ``certified`` the Lipschitz constant of R is at most that of its
-    activation and g = gamma (1 - max Abar) / Lip(s), so one loop contracts by rho <= max Abar + gamma (1 - max Abar) <
-    1. Mode ``lipsdp`` promises the same factor by one inequality for the whole loop (see ``lipsdp``), which leaves the
-    block more room: g = 1, and W1 and W2 shrink together where they must. In mode ``linear`` (the constraint of
-    2606.18208, equations 6-7) only the linear path is bounded: g = 1 and the weights are free. Mode ``soft`` is the
-    same cell, and predictions offer a penalty on the Jacobian (``DynamicsOutput.jacobian_penalty``) for the loss to
-    weigh.
+    activation and g = gamma (1 - max Abar) / Lip(s), so one loop contracts by
+    rho <= max Abar + gamma (1 - max Abar) < 1. Mode ``lipsdp`` promises the same factor by one inequality for the
+    whole loop (see ``lipsdp``), which leaves the block more room: g = 1, and W1 and W2 shrink together where they must.
+    In mode ``linear`` (the constraint of 2606.18208, equations 6-7) only the linear path is bounded: g = 1 and the
+    weights are free. Mode ``soft`` is the same cell, and predictions offer a penalty on the Jacobian
+    (``DynamicsOutput.jacobian_penalty``) for the loss to weigh.
 
     Args:
         hidden_dim: D, width of h. block_dim: inner width of the block. mode: a name in ``MODES``, see above.

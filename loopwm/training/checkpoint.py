@@ -65,7 +65,6 @@ class Checkpoints:
             OSError: it cannot be written (disk full); the earlier checkpoints are as they were.
         """
         self._replay.mkdir(parents=True, exist_ok=True)
-        self._put_back()
         self._drop_drafts()
         before = self._rows
         self._save_replay(replay)
@@ -76,11 +75,14 @@ class Checkpoints:
         torch.save(state, buffer)
         _write(draft / "state.pt", buffer.getbuffer())
         if final.exists():  # unreadable, or of the same frame: kept until the new one stands
-            final.rename(self.folder / f".{final.name}{ASIDE}")
+            final.rename(self._aside(frames))
         draft.rename(final)
         _sync_folder(self.folder)
         self._put_back()
         self._drop_old(frames, before - replay.rows)
+
+    def _aside(self, frames: int) -> Path:
+        return self.folder / f".{frames:08d}{ASIDE}"
 
     def _put_back(self) -> None:
         """A checkpoint that was put aside for a new one of its frame: back, if a kill kept that from coming."""
@@ -172,7 +174,7 @@ class Checkpoints:
     def _read(self, frames: int, replay: Replay | None = None) -> dict[str, Any]:
         path = self.folder / f"{frames:08d}" / "state.pt"
         if not path.exists():  # the moment in which another takes its place
-            path = self.folder / f".{frames:08d}{ASIDE}" / "state.pt"
+            path = self._aside(frames) / "state.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             if replay is not None:
