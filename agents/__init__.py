@@ -15,6 +15,7 @@ from agents.novelty import Novelty
 from agents.planner import PlannerAgent
 from loopwm.build import make_world_model
 from loopwm.config import DEVICES, Config, ConfigError
+from loopwm.memory import memory_in_words
 from loopwm.training.checkpoint import CheckpointError, Checkpoints
 from loopwm.training.protocols import Agent
 from loopwm.training.run_dir import read_run
@@ -22,11 +23,15 @@ from loopwm.training.run_dir import read_run
 AGENTS = {"planner": PlannerAgent}
 
 
+@memory_in_words()
 def make_agent(cfg: Config, obs_dim: int, action_dim: int, discrete: bool, device: torch.device | str = "cpu") -> Agent:
     """The agent that a config describes, freshly initialised from ``cfg.seed``.
 
     Args:
         obs_dim: O. action_dim: A, or the number of actions where ``discrete``.
+
+    Raises:
+        OutOfMemory: networks of these sizes are larger than the memory.
     """
     device = torch.device(device)
     torch.manual_seed(cfg.seed)

@@ -26,8 +26,10 @@ Scalar = bool | int | float | str
 
 # ------------------------------------------------------------------------------------------ what a value may be
 
-Count = Annotated[int, Within(1)]  # 1, 2, ...
-Whole = Annotated[int, Within(0)]  # 0, 1, 2, ...
+MOST = 10**12  # what is beyond memory ends in words (loopwm/memory.py), what is beyond int64 here
+Count = Annotated[int, Within(1), Within(1, MOST)]  # 1, 2, ...
+Whole = Annotated[int, Within(0), Within(0, MOST)]  # 0, 1, 2, ...
+Several = Annotated[int, Within(2), Within(2, MOST)]  # 2, 3, ...
 Seed = Annotated[int, Within(0, 2**32 - 1)]  # what numpy takes
 Threads = Annotated[int, Within(0, 1024)]  # torch dies of very many
 Positive = Annotated[float, Within(0, open=True)]  # > 0
@@ -81,7 +83,7 @@ class EncoderConfig(Section):
 
     SECTION: ClassVar[str] = "encoder"
     name: Annotated[str, OneOf(("mlp", "grid"))] = "mlp"  # which encoder: of vectors, or of square grids cell by cell
-    latent_dim: Annotated[int, Within(2)] = 64  # Z, width of the latent z (of a grid in each cell), units
+    latent_dim: Several = 64  # Z, width of the latent z (of a grid in each cell), units
     hidden_dim: Count = 128  # width of a hidden layer, units
     layers: Count = 2  # layers from the observation to z, count
     side: Whole = 0  # S of a grid of S by S cells, count; 0: one number a cell

@@ -17,8 +17,9 @@ from training_tools import CARTPOLE, ROOT, TINY, forbid_filming, lines, run
 import envs
 import evaluate
 import train
-from agents import load_agent
+from agents import PlannerAgent, load_agent
 from loopwm import config
+from loopwm.memory import OutOfMemory, memory_in_words
 from loopwm.training import run_dir as run_dir_module
 from loopwm.training import trainer as trainer_module
 from loopwm.training.checkpoint import CheckpointError, Checkpoints, lock_run
@@ -136,7 +137,9 @@ def test_what_is_printed(tmp_path, capsys):
         (["dynamics=lopped"], "did you mean looped"),
         (["seed"], "KEY=VALUE"),
         (["num_envs=8", "replay.capacity=20"], "replay.capacity=20: must be at least 24 for num_envs=8"),
-        (["replay.capacity=1e16"], "more than the memory holds"),
+        (["replay.capacity=1e12"], "more than the memory holds"),
+        (["dynamics.hidden_dim=1e12"], "not enough memory"),
+        (["agent.batch_size=1e20"], "must be between 1 and"),
         (["replay.path=/dev/null/x"], "/dev/null/x"),
         (["task=gym/Unsupported-v0"], "MultiBinary"),
     ],
@@ -145,6 +148,32 @@ def test_a_mistake_is_one_line(words, said, tmp_path, capsys):
     error = complaint(capsys, run(tmp_path / "x", *TINY, *words))
     assert error.startswith("train.py: ") and said in error
     assert not (tmp_path / "x" / "config.yaml").exists(), "a run that never began claims the directory"
+
+
+def test_memory_that_ends_while_training(tmp_path, capsys, monkeypatch):
+    """As that for a batch or a plan may: one line, and what the run had is kept."""
+    too_much = 2**47  # bytes, more than an address space holds
+
+    def update(self, replay):
+        torch.empty(too_much, dtype=torch.uint8)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PlannerAgent, "update", update)
+        assert run(tmp_path / "x", *SHORT) == 2
+    *_, last = capsys.readouterr().err.splitlines()  # after the bar
+    assert last.startswith("train.py: not enough memory for these settings") and str(too_much) in last
+    assert run(tmp_path / "x", *SHORT, "resume=true") == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory.")])
+def test_memory_in_words(error):
+    with pytest.raises(OutOfMemory, match="not enough memory for these settings"), memory_in_words():
+        raise error
+
+
+def test_another_mistake_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="sizes do not match"), memory_in_words():
+        raise RuntimeError("sizes do not match")
 
 
 gymnasium.register("Unsupported-v0", lambda **_: UnsupportedEnv())

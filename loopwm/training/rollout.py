@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from loopwm.memory import memory_in_words
 from loopwm.training.protocols import Agent
 
 
@@ -18,6 +19,7 @@ class RolloutResult(NamedTuple):
     terminated: np.ndarray  # (E,) bool, ended by the task rather than by a time limit
 
 
+@memory_in_words()
 def rollout(
     agent: Agent,
     venv: Any,
@@ -38,6 +40,9 @@ def rollout(
         on_step: called after the reset and after each step with the number of episodes finished by
             environment 0; for videos.
         stop: asked before each step.
+
+    Raises:
+        OutOfMemory: a plan is larger than the memory.
     """
     agent, envs = agent.evaluator(), venv.num_envs
     quota = -(-episodes // envs)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from loopwm.memory import memory_in_words
 from loopwm.training.checkpoint import CheckpointError, Checkpoints
 from loopwm.training.interrupt import Interrupt
 from loopwm.training.logger import Logger
@@ -93,10 +94,12 @@ class Trainer:
 
     # ---- the loop -----------------------------------------------------------------------------------------
 
+    @memory_in_words()
     def run(self) -> dict[str, Any]:
         """Train to the end, or until Ctrl-C; returns what summary.json says.
 
         Raises:
+            OutOfMemory: a plan or a batch is larger than the memory; the last checkpoint is from before that.
             Diverged: and the last checkpoint is from before that.
             Exception: the environment's own; what was learnt until then is in a checkpoint.
         """
