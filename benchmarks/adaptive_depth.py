@@ -17,10 +17,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from scipy.stats import spearmanr
@@ -28,6 +24,7 @@ from torch import nn
 
 from benchmarks.harness import interval, report
 from benchmarks.lab import TEST, TRAINING, VALIDATION, Examples, Task, groups, load, predict_errors, prepared, train_all
+from benchmarks.plots import plt, save_figure
 from benchmarks.tasks import TASKS, WITH_DIFFICULTY, lab_parser
 from loopwm.dynamics import (
     MODES,
@@ -176,9 +173,7 @@ def draw(task: Task, rows: list[dict], full: int, path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1.0))  # off the lines
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main(arguments: list[str]) -> None:

@@ -12,14 +12,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.harness import interval, report
 from benchmarks.lab import TEST, Recipe, Task, load, predict_errors, prepared, summary, train_all
+from benchmarks.plots import plt, save_figure
 from benchmarks.tasks import TASKS, lab_parser
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 16)  # depths over the controls'
@@ -81,9 +78,7 @@ def draw(task: Task, rows: list[dict], path: Path) -> None:
         axes.grid(alpha=0.25)
     beside.legend(fontsize=7, frameon=False, handlelength=3.5)  # long enough to tell a dashed line
     figure.legend(*left.get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside right upper")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def verdict(task: Task, rows: list[dict]) -> tuple[dict, str]:

@@ -11,13 +11,10 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.harness import read_returns
+from benchmarks.plots import plt, save_figure
 
 COLORS = {
     "looped": "#1b6ca8",
@@ -125,9 +122,7 @@ def draw_grid(by_task: dict[str, list[dict]], path: Path, csv_file: Path | None)
 
 def save(figure: plt.Figure, path: Path) -> Path:
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    save_figure(figure, path)
     return path
 
 

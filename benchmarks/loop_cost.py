@@ -14,15 +14,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks.memory import peak_bytes
+from benchmarks.plots import plt, save_figure
 from loopwm.dynamics import DYNAMICS, LatentNorm
 
 ACTION, HORIZON = 6, 3  # the default agent's on walker-walk
@@ -282,6 +279,4 @@ def draw(rows: list[dict], path: Path) -> None:
         one.grid(alpha=0.25)
     axes[0].legend(fontsize=7, frameon=False)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    save_figure(figure, path)

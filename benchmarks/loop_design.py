@@ -16,16 +16,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.depth_extrapolation import LONGEST
 from benchmarks.harness import interval, report
 from benchmarks.lab import FLOOR, TEST, Recipe, Task, choose_rates_in_full, load, predict_errors, train_all, with_steps
 from benchmarks.parameter_efficiency import evaluate as evaluate_trained
+from benchmarks.plots import plt, save_figure
 from benchmarks.tasks import TASKS, lab_parser
 from loopwm.dynamics import DEPTH_SAMPLERS, INJECTIONS
 
@@ -89,9 +86,7 @@ def draw(task: Task, rows: list[dict], path: Path) -> None:
     panels[0].set_yticks(range(len(names)), names)
     figure.supxlabel(task.error_name.split(",")[0], fontsize=9)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main(arguments: list[str]) -> None:

@@ -22,10 +22,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.harness import interval, report
@@ -47,6 +43,7 @@ from benchmarks.lab import (
     train_all,
     with_steps,
 )
+from benchmarks.plots import plt, save_figure
 from benchmarks.tasks import TASKS, lab_parser
 
 QUICK_STEPS = 200
@@ -122,9 +119,7 @@ def draw(task: Task, rows: list[dict], path: Path) -> None:
     panels[0][0].set_ylabel(task.error_name)
     panels[0][-1].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1.0))  # off the dots
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 class Ratio(NamedTuple):

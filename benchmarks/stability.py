@@ -18,10 +18,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -35,6 +31,7 @@ from benchmarks.loop_probes import (
     random_latents,
     state_radius,
 )
+from benchmarks.plots import plt, save_figure
 from benchmarks.walker_models import hostile, random_transitions, real_latents, train_model
 from loopwm.dynamics import MODES
 from loopwm.model import WorldModel
@@ -196,9 +193,7 @@ def draw(rows: list[dict], path: Path) -> None:
         axes.grid(alpha=0.25)
     left.legend(fontsize=7, frameon=False)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def line(axes, x: Sequence[float], y: np.ndarray, color: str, style: str, height: float) -> None:

@@ -13,16 +13,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import interval, report
 from benchmarks.lab import FLOOR, Recipe, Task, choose_rates, learning_curve, summary, train_all
+from benchmarks.plots import plt, save_figure
 from benchmarks.tasks import TASKS, lab_parser
 
 CONTROL = "stacked"
@@ -95,9 +92,7 @@ def draw(task: Task, rows: list[dict], path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def verdict(rows: list[dict]) -> tuple[dict, str]:
