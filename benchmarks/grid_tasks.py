@@ -7,6 +7,7 @@ late, takes many loops. A prediction is right only when every part of the answer
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -23,6 +24,7 @@ from loopwm.dynamics.conv import ConvCell
 SIZE, MAX_LOOPS = 8, 32
 PIECES = 4  # of the block ``rank``
 WHOLE = "wide_whole"  # see the function
+SUP_NORM = "looped, certified in the sup norm"
 MODELS = {  # name in the tables: recipe
     "looped": Recipe("looped", free_loops=24),
     "stacked": Recipe("stacked"),
@@ -32,9 +34,11 @@ MODELS = {  # name in the tables: recipe
     "deep_thin": Recipe("deep_thin"),
     "looped, certified": Recipe("looped", "certified", 24),
     "looped, from h0 only": Recipe("looped"),
-    "looped, certified in the sup norm": Recipe("looped", "certified", hidden=16, layers=(2, 1, 1), block="rank"),
+    SUP_NORM: Recipe("looped", "certified", hidden=16, layers=(2, 1, 1), block="rank"),
     "stacked, of the same cells": Recipe("stacked", "certified", hidden=16, layers=(2, 1, 1), block="rank"),
+    "looped, of the same cells, uncertified": Recipe("looped", hidden=16, layers=(2, 1, 1), block="rank"),
 }
+MODELS |= {f"{name}, untold": replace(MODELS[name], untold=True) for name in ("looped", SUP_NORM)}
 LADDER = {
     "looped": ((16, 16), (24, 16), (32, 16)),
     "stacked": ((16, 4), (16, 8), (16, 16), (32, 4), (32, 8), (32, 16)),
@@ -170,8 +174,8 @@ class Sandpile(GridTask):
     """
 
     ladder = LADDER | {
-        "looped, certified in the sup norm": ((16, 16),),
-        "stacked, of the same cells": ((16, 16),),
+        SUP_NORM: ((16, 16),),
+        "stacked, of the same cells": ((16, 4), (16, 8), (16, 16)),
     }
     name, unit, trained = "sandpile", "toppling rounds", 8
     bins = ((0, 0), (1, 3), (4, 8), (9, 16), (17, 99))
@@ -263,6 +267,8 @@ class Permutation(GridTask):
         "single_pass": Recipe("single_pass"),
         "deep_thin": Recipe("deep_thin"),
         "looped, fixed depth": Recipe("looped", fixed=True),
+        "looped, untold": Recipe("looped", untold=True),
+        "stacked, twice as deep": Recipe("stacked", loops=2 * Recipe.loops),
     }
     ladder = LADDER | {"looped, fixed depth": LADDER["looped"]}
     name, unit, trained = "permutation", "letters", 8

@@ -59,6 +59,7 @@ class Recipe:
     order: str = "abab"  # how loops go through a block of several layers, a name in ORDERS (on grids)
     sampler: str = ""  # a name in DEPTH_SAMPLERS: a depth for each example, of the mean of ``quarters``
     early: float = 0.0  # weight of the loss at a random earlier loop (on grids)
+    untold: bool = False  # whether what needs more loops than were drawn counts in the loss like all else
 
     @property
     def name(self) -> str:
@@ -194,7 +195,8 @@ class Task:
         there are free loops the others first run up to that many without gradient and are trained from where these
         lead, which teaches the loop to go on from its own states and to keep an answer it has (progressive training:
         Bansal et al. 2022, arXiv 2202.05826, section 3.2). A timed loop goes through as many as the difficulty is.
-        Where a depth is drawn, an example that cannot be known by then does not count.
+        Where a depth is drawn, an example that cannot be known by then does not count, unless ``recipe.untold``: so
+        the loop's loss is told the true difficulty, which controls, whose depth is their own, have no use for.
         """
         depth, h0, spent = None, None, None
         if recipe.timed:
@@ -224,7 +226,7 @@ class Task:
     def counted(self, prediction: Tensor, batch: Examples, recipe: Recipe, spent: int | Tensor | None) -> Tensor:
         """Mean loss of the examples that can be known after ``spent`` loops (B,); None: of all."""
         losses, weight = self.losses(prediction, batch.target), torch.ones(len(batch), device=batch.target.device)
-        if spent is not None:
+        if spent is not None and not recipe.untold:
             told = torch.as_tensor(spent, device=batch.difficulty.device)  # a sampler's stands on the CPU
             weight = (self.loops_needed(batch.difficulty) <= told * recipe.layers[1]).float()
         return (losses * weight).sum() / weight.sum().clamp_min(1.0)
@@ -381,6 +383,8 @@ def train_all(task: Task, recipes: list[Recipe], folder: Path, jobs: int, device
 
 def choose_rates(task: Task, recipes: dict[str, Recipe], folder: Path, args: argparse.Namespace) -> dict[str, Recipe]:
     """Each recipe with the one of ``args.rates`` that is best on validation data after a quarter of its steps."""
+    if len(args.rates) == 1:
+        return {name: replace(recipe, learning_rate=args.rates[0]) for name, recipe in recipes.items()}
     tries = {
         name: [replace(r, steps=r.steps // 4, learning_rate=rate) for rate in args.rates] for name, r in recipes.items()
     }

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -235,6 +236,14 @@ def sizes(
     return {key: replace(r, learning_rate=rates.get(key, r.learning_rate)) for key, r in found.items()}
 
 
+def size(text: str) -> tuple[int, int]:
+    """The type of an option: WIDTHxLOOPS. Raises argparse.ArgumentTypeError."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxLOOPS, such as 32x16")
+    return int(found[1]), int(found[2])
+
+
 def main(arguments: list[str]) -> None:
     p = lab_parser(__doc__.splitlines()[0], "sandpile")
     more = p.add_mutually_exclusive_group()
@@ -243,9 +252,14 @@ def main(arguments: list[str]) -> None:
         "--rates-in-full", action="store_true", help="a rate for each size, by whole trainings of all seeds"
     )
     p.add_argument("--models", nargs="+", metavar="NAME", help="some of the ladder, loops and controls (default: all)")
+    p.add_argument(
+        "--sizes", nargs="+", type=size, metavar="WIDTHxLOOPS", help="of every model, for those of its ladder"
+    )
     args = p.parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task
     seeds, each = (range(1), 100) if args.quick else (range(args.seeds), 1000)
+    asked = tuple(args.sizes or ())
+    task.ladder = {name: tuple(dict.fromkeys((*some, *asked))) for name, some in task.ladder.items()}
     try:
         earlier = earlier_rows(task, args.more_of, args.steps) if args.more_of else {}
     except ValueError as error:
@@ -257,7 +271,9 @@ def main(arguments: list[str]) -> None:
         if not known or {True, False} != {task.models[name].looped for name in args.models}:
             p.error(f"--models: loops and controls of {', '.join(map(repr, task.ladder))}")
         task.ladder = {name: some for name, some in task.ladder.items() if name in args.models}
-        earlier = {key: row for key, row in earlier.items() if key[0] in task.ladder}
+    if asked:
+        task.ladder = dict.fromkeys(task.ladder, asked)
+    earlier = {(n, r): row for (n, r), row in earlier.items() if (r.hidden, r.loops) in task.ladder.get(n, ())}
     ladder = sizes(task, args, folder, earlier)
     if {name for name, _ in earlier} >= set(task.ladder):
         args.rates = None  # nothing was chosen from them: the earlier result's stand in the rows
