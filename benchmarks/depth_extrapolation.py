@@ -51,23 +51,25 @@ def mean_error(rows: list[dict], name: str, size: int, depth: int | str | None, 
 
 
 def draw(task: Task, rows: list[dict], path: Path) -> None:
-    """Error against difficulty at ``deep``, and against depth."""
-    figure, (left, beside) = plt.subplots(1, 2, figsize=(12, 3.8), dpi=130, layout="constrained")
-    left.set_prop_cycle(color=plt.get_cmap("tab20").colors)
-    size, found = task.sizes[0], list(rows[0]["error"])
-    for name, recipe in task.models.items():
+    """Error against difficulty at ``deep``, and against depth. Loops are dots, controls crosses."""
+    figure, (left, beside) = plt.subplots(1, 2, figsize=(12, 4.2), dpi=130, layout="constrained")
+    size, found, drawn = task.sizes[0], list(rows[0]["error"]), {row["model"] for row in rows}
+    for place, (name, recipe) in enumerate((n, r) for n, r in task.models.items() if n in drawn):
+        look = {"color": f"C{place % 10}", "marker": "o" if recipe.looped else "x", "ms": 4}
         scores = np.array([mean_error(rows, name, size, deep(recipe), group) for group in found])  # (groups, seeds)
-        line = left.plot(found, scores.mean(1), marker="o", ms=3, label=name)[0]
-        left.fill_between(found, scores.min(1), scores.max(1), color=line.get_color(), alpha=0.15, linewidth=0)
+        # Ten colours, and more models: the next ten are dashed.
+        left.plot(found, scores.mean(1), "--" if place >= 10 else "-", label=name, **look)
+        left.fill_between(found, scores.min(1), scores.max(1), color=look["color"], alpha=0.15, linewidth=0)
         if len(depths_of(recipe)) > 1:
-            for group, style in zip((task.edge, task.beyond[0]), ("--", "-"), strict=True):
+            for group, style in zip((task.edge, task.beyond[0]), (":", "-"), strict=True):
                 y = [np.mean(mean_error(rows, name, size, d, group)) for d in depths_of(recipe)]
-                label = f"{name}: {group} {task.unit}"
-                beside.plot(FACTORS, y, style, color=line.get_color(), marker="o", ms=3, label=label)
+                beside.plot(FACTORS, y, style, **look)
     left.axvspan(found.index(task.edge) + 0.5, len(found) - 0.5, color="#eeeeee", zorder=0)
     left.set(xlabel=f"{task.unit or 'open loop'} (grey: more than in training)", ylabel=task.error_name)
     beside.axvline(1.0, color="#bbbbbb", linewidth=0.8)
-    beside.set(xscale="log", xlabel="loops over the controls' depth (line: equal)")
+    groups = f"dotted: {task.edge} {task.unit}, lines: {task.beyond[0]}"
+    beside.set(xscale="log", xlabel="loops over the controls' depth (grey: equal)", title=groups)
+    beside.title.set_fontsize(9)
     beside.set_xticks(FACTORS, [str(f) for f in FACTORS])
     beside.minorticks_off()
     for axes in (left, beside):
@@ -76,7 +78,6 @@ def draw(task: Task, rows: list[dict], path: Path) -> None:
         else:
             axes.set_yscale("log")  # what was trained on and what was not are far apart
         axes.grid(alpha=0.25)
-    beside.legend(fontsize=7, frameon=False, handlelength=3.5)  # long enough to tell a dashed line
     figure.legend(*left.get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside right upper")
     save_figure(figure, path)
 

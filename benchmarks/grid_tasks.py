@@ -176,6 +176,8 @@ class Sandpile(GridTask):
     ladder = LADDER | {
         SUP_NORM: ((16, 16),),
         "stacked, of the same cells": ((16, 4), (16, 8), (16, 16)),
+        "looped, untold": ((32, 16),),
+        f"{SUP_NORM}, untold": ((16, 16),),
     }
     name, unit, trained = "sandpile", "toppling rounds", 8
     bins = ((0, 0), (1, 3), (4, 8), (9, 16), (17, 99))
@@ -270,7 +272,7 @@ class Permutation(GridTask):
         "looped, untold": Recipe("looped", untold=True),
         "stacked, twice as deep": Recipe("stacked", loops=2 * Recipe.loops),
     }
-    ladder = LADDER | {"looped, fixed depth": LADDER["looped"]}
+    ladder = LADDER | {"looped, fixed depth": LADDER["looped"], "looped, untold": LADDER["looped"]}
     name, unit, trained = "permutation", "letters", 8
     bins = ((1, 2), (3, 4), (5, 8), (9, 16), (17, 32))
     curriculum = 0.4
