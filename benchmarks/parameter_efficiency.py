@@ -104,17 +104,21 @@ def means(rows: list[dict], model: str, measure: str) -> list[tuple[float, float
 
 
 def draw(task: Task, rows: list[dict], path: Path) -> None:
-    """Error against parameters: every seed a dot, the mean of each size joined along each model's front."""
+    """Error against parameters: every seed a dot, the mean of each size joined along each model's front.
+
+    Loops are circles on lines, controls crosses on dashes.
+    """
     measures = list(rows[0]["error"])
     figure, panels = plt.subplots(1, len(measures), figsize=(3.6 + 4.2 * len(measures), 3.8), dpi=130, squeeze=False)
     for axes, measure in zip(panels[0], measures, strict=True):
         for model, color in zip(task.ladder, COLORS, strict=False):
+            style = "o-" if task.models[model].looped else "x--"
             mine = [(r["parameters"], max(r["error"][measure], FLOOR)) for r in rows if r["model"] == model]
             line = front(means(rows, model, measure))
             if not line:  # every training of every size diverged
                 continue
             axes.plot(*zip(*mine, strict=True), ".", color=color, alpha=0.5)
-            axes.plot(*zip(*((n, max(e, FLOOR)) for n, e in line), strict=True), "o-", color=color, ms=4, label=model)
+            axes.plot(*zip(*((n, max(e, FLOOR)) for n, e in line), strict=True), style, color=color, ms=5, label=model)
         axes.set(xscale="log", yscale="log", xlabel="parameters", title=f"{task.name}: {measure}")
         axes.grid(alpha=0.25)
     panels[0][0].set_ylabel(task.error_name)
