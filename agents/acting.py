@@ -91,7 +91,8 @@ class ActingAgent:
         policy_samples = max(1, c.plan_samples // 4)
         elites = max(1, c.plan_samples // 5)
         std = self._annealed(c.plan_std, c.plan_std_final)
-        return PlanBudget(c.plan_samples, c.plan_iterations, c.plan_horizon, policy_samples, elites, max_std=std)
+        searched = {"max_std": std, "correlation": c.plan_correlation}
+        return PlanBudget(c.plan_samples, c.plan_iterations, c.plan_horizon, policy_samples, elites, **searched)
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, *, first: np.ndarray | None = None, explore: bool = False) -> np.ndarray:
@@ -159,7 +160,7 @@ class ActingAgent:
             return all_sequences(self.action_dim, budget.horizon, z).unsqueeze(1).expand(-1, len(z), -1, -1)
         mean = self._policy_sequences(z, budget)[:, :, 0]  # (H, N, A)
         std = torch.full_like(mean, budget.max_std)
-        return draw(mean, std, budget.samples, self.generator, self.discrete)
+        return draw(mean, std, budget.samples, self.generator, self.discrete, budget.correlation)
 
     def _policy_sequences(self, z: Tensor, budget: PlanBudget) -> Tensor:
         """Imagined policy action sequences (H, N, P, A): the first is the policy's own, the others are perturbed."""

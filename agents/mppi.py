@@ -24,6 +24,7 @@ class PlanBudget:
     max_std: float = 0.6  # first spread and the most of any, action units (discrete: share of uniform draws)
     temperature: float = 0.5  # weight exp((score - best) / temperature), scores standardised over the elites
     min_std: float = 0.05  # floor of the sampling spread, action units
+    correlation: float = 0.0  # of a sequence's noise from step to step, in [0, 1] (discrete: none)
 
 
 class Plan(NamedTuple):
@@ -52,7 +53,7 @@ def mppi(
     """
     horizon, envs, from_policy, action_dim = prior.shape
     std = torch.full_like(mean, budget.max_std)
-    fresh = draw(mean, std, budget.samples - from_policy, generator, discrete)  # (H, N, S - P, A)
+    fresh = draw(mean, std, budget.samples - from_policy, generator, discrete, budget.correlation)  # (H, N, S - P, A)
     actions = torch.cat([prior, fresh], 2)  # (H, N, S, A)
     value = score_all(score, z, actions)  # (N, S)
     first_spread = value.std(1, correction=0)
@@ -66,7 +67,7 @@ def mppi(
         mean = (weight * chosen).sum(2)  # (H, N, A)
         std = (weight * (chosen - mean.unsqueeze(2)).square()).sum(2).sqrt().clamp(budget.min_std, budget.max_std)
         if iteration + 1 < budget.iterations:  # the best so far stay, at no cost: a sequence is worth what it was
-            fresh = draw(mean, std, max(1, budget.samples // REFINEMENT), generator, discrete)
+            fresh = draw(mean, std, max(1, budget.samples // REFINEMENT), generator, discrete, budget.correlation)
             actions = torch.cat([chosen, fresh], 2)
             value = torch.cat([elite_value, score_all(score, z, fresh)], 1)
     if discrete:
@@ -111,13 +112,23 @@ def score_all(score: Score, z: Tensor, actions: Tensor) -> Tensor:
     return score(rows, actions.reshape(horizon, -1, action_dim)).view(envs, samples)
 
 
-def draw(mean: Tensor, std: Tensor, count: int, generator: torch.Generator, discrete: bool) -> Tensor:
-    """``count`` action sequences (H, N, count, A) around mean (H, N, A), with spread std (H, N, A)."""
+def draw(
+    mean: Tensor, std: Tensor, count: int, generator: torch.Generator, discrete: bool, correlation: float = 0.0
+) -> Tensor:
+    """``count`` action sequences (H, N, count, A) around mean (H, N, A), with spread std (H, N, A).
+
+    With a correlation from step to step (AR(1)) they search fewer directions, those that steps push together: noise
+    that differs at every step largely cancels (coloured noise in a plan: iCEM, 2008.06389, section 3.1).
+    """
     shape = (*mean.shape[:2], count, mean.shape[2])
     if not count:  # which torch.multinomial refuses
         return mean.new_empty(shape)
     if not discrete:
         noise = torch.randn(shape, generator=generator, device=mean.device)
+        if correlation:
+            fresh = (1.0 - correlation**2) ** 0.5
+            for step in range(1, len(noise)):
+                noise[step].mul_(fresh).add_(noise[step - 1], alpha=correlation)
         return (mean.unsqueeze(2) + std.unsqueeze(2) * noise).clamp_(-1.0, 1.0)
     # For one-hot actions the spread is the share of uniform draws: it keeps every action in play.
     share = std.mean(-1, keepdim=True)  # (H, N, 1)

@@ -198,6 +198,7 @@ class PlannerConfig(Section):
     plan_horizon: Count = 3  # how far a plan looks ahead, agent steps
     plan_std: Share = 1.0  # first spread of a plan around the policy, action units (discrete: share of uniform draws)
     plan_std_final: Share = 0.15  # its last spread, reached with explore_decay_steps, action units
+    plan_correlation: Share = 0.0  # of a sequence's noise from step to step, in [0, 1]
     plan_loops: Whole = 4  # loops in each prediction while planning; 0: adaptive
     plan_policy_std: NonNegative = 0.2  # spread of the perturbed policy sequences of a plan, action units
     novelty_spread: NonNegative = 0.005  # of a plan's scores: so alike, exploring seeks new latents, return; 0: never
