@@ -26,7 +26,7 @@ from loopwm.config import PlannerConfig
 from loopwm.model.encoders import latent_spread, step_error
 from loopwm.model.losses import masked_mean, weighted_sum, world_model_losses
 from loopwm.model.world_model import WorldModel
-from loopwm.training.replay import Batch
+from loopwm.training.replay import Batch, Earned
 
 PRIORITY_FLOOR = 1e-3  # so that a transition which is known today may be drawn again; of values without a unit
 REFRESH = 250  # updates between looks at the replay: the largest priority, the mean size of a reward, the step's error
@@ -159,17 +159,23 @@ class PlannerAgent(ActingAgent):
     def _update_value_and_policy(self, replay: Any, batch: Batch) -> dict[str, Tensor]:
         """One gradient step each on ``batch``, of tensors; the ``replay`` it came from gets its priorities."""
         c, n = self.config, self.config.n_step
+        metrics: dict[str, Tensor] = {}
         with torch.no_grad():
             z = self.encode(batch.obs[0])  # (B, Z)
             z_end = self.encode(batch.obs[n])  # (B, Z); the last row of shorter sequences, by padding
             target = self._value_target(z_end, batch.reward[:n], batch.terminated[:n], batch.mask[:n])  # (B,)
+            if c.return_floor:
+                floor = self._earned(replay, batch.start)  # (B,)
+                metrics["train/floor_share"] = (floor > target).float().mean()
+                target = torch.maximum(target, floor)
             rows = [z, batch.action[0], target, torch.ones_like(target)]
             if c.imagined_steps:
                 imagined = self._imagined_rows(z, batch)
                 rows = [torch.cat(both) for both in zip(rows, imagined, strict=True)]
             z, taken, target, weight = rows
             inputs = self.value_input(z, taken)
-        metrics, out = self._update_value(inputs, target, weight)
+        found, out = self._update_value(inputs, target, weight)
+        metrics |= found
         real = slice(len(batch.start))  # they come first
         if self.novelty is not None:
             self.largest_reward = torch.maximum(self.largest_reward, batch.reward.abs().amax())
@@ -258,6 +264,20 @@ class PlannerAgent(ActingAgent):
         action = self.smoothed(self.policy_target(z_end)[0], self.generator)
         value = self.value_target.values(self.value_input(z_end, action)).amin(0)
         return returns + bootstrap * value
+
+    def _earned(self, replay: Any, start: np.ndarray) -> Tensor:
+        """What the episodes of the transitions ``start`` (B,) went on to earn, with the value at their end: (B,).
+
+        Minus infinity while an episode goes on. What was earned once can be earned again where the world is
+        deterministic, so no value should lie below it (optimality tightening, 1611.01606, eq. 5; self-imitation
+        learning, 1806.05635): what succeeded by chance is known at once, which targets of a few steps hand down slowly.
+        """
+        replay.keep_earned(self.config.discount)
+        earned = Earned(*(torch.as_tensor(x, device=self.device) for x in replay.earned(start)))
+        z = self.encode(earned.obs)
+        value = self.value_target.values(self.value_input(z, self.policy_target(z)[0])).amin(0)
+        after = self.config.discount ** earned.steps.float() * (1.0 - earned.terminated)
+        return torch.where(earned.known, earned.reward + after * value, -math.inf)
 
     def _update_value(self, inputs: Tensor, target: Tensor, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """inputs (B, ...), target and weight (B,) -> (metrics, the values (E, B, bins) before the step, encoded)."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from agents import make_agent
 from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
-from agents.mppi import PlanBudget, exhaustive, mppi
+from agents.mppi import PlanBudget, draw, exhaustive, mppi
 from agents.novelty import Novelty
 from agents.optim import EMATarget, FlatAdam, flatten_parameters
 from agents.planner import LEAST_UNIT, REFRESH, PlannerAgent
@@ -488,6 +488,17 @@ def test_exploration_varies_and_the_policy_alone_does_not(discrete):
     assert (explored[0] != explored[1]).any() and (explored[1] != explored[2]).any()
 
 
+def test_noise_of_a_plan_may_be_correlated_from_step_to_step():
+    """Every step alike in spread; neighbours correlate as asked, and those further apart by its powers."""
+    mean, std = torch.zeros(4, 1, 2), torch.full((4, 1, 2), 0.1)
+    for rho in (0.0, 0.9):
+        noise = draw(mean, std, 20_000, torch.Generator().manual_seed(0), False, rho)[:, 0, :, 0]  # (H, S)
+        torch.testing.assert_close(noise.std(1), torch.full((4,), 0.1), rtol=0.03, atol=0.0)
+        found = torch.corrcoef(noise)[0]
+        torch.testing.assert_close(found, torch.tensor([1.0, rho, rho**2, rho**3]), rtol=0.0, atol=0.03)
+    assert make(plan_correlation=0.7).budget.correlation == 0.7
+
+
 # ---- looking for what is new --------------------------------------------------------------------------
 
 
@@ -744,6 +755,33 @@ def test_the_value_is_read_where_the_sequence_ends(monkeypatch):
     assert set(steps) == {1, 2, 3}
     torch.testing.assert_close(seen["z_end"], seen["z"][steps, torch.arange(len(steps))])
     assert seen["target"][0].shape == (3, 12)
+
+
+def test_targets_are_at_least_what_the_episode_went_on_to_earn(monkeypatch):
+    """By hand: the discounted rewards to the end, and the value there unless it terminated; nothing of what goes on."""
+    agent, replay, seen = make(return_floor=True), filled_replay(), {}
+    monkeypatch.setattr(agent.value_target, "values", lambda pair: pair.sum(-1).expand(2, -1))
+    start = np.flatnonzero(replay.priorities.weight > 0)
+    with torch.no_grad():
+        found = agent._earned(replay, start)
+        for b, (row, stream) in enumerate(zip(*np.divmod(start, 2), strict=True)):
+            last = row + 6 - row % 7
+            if last >= len(replay):
+                assert found[b] == -math.inf
+                continue
+            discount = agent.config.discount ** np.arange(last - row + 1)
+            z = agent.encode(torch.as_tensor(replay.obs[last, stream]).unsqueeze(0))
+            value = torch.cat([z, agent.policy_target(z)[0]], -1).sum()
+            expected = (discount[:-1] * replay.reward[row:last, stream]).sum()
+            expected += discount[-1] * float(value) * (stream != 0)  # the first stream's episodes terminate
+            assert found[b].item() == pytest.approx(expected, abs=1e-5)
+    update = agent._update_value
+    monkeypatch.setattr(agent, "_earned", lambda replay, start: torch.full((len(start),), 7.5))
+    monkeypatch.setattr(agent, "_value_target", lambda z, *_: torch.linspace(0.0, 15.0, len(z)))
+    monkeypatch.setattr(agent, "_update_value", lambda *args: (seen.update(target=args[1]), update(*args))[1])
+    metrics = agent.update(replay)
+    assert seen["target"].min() == 7.5 and seen["target"].max() == 15.0
+    assert metrics["train/floor_share"] == 0.5
 
 
 def test_imagined_rows_are_the_real_steps_of_imagined_latents(monkeypatch):

@@ -416,7 +416,13 @@ def test_the_gate_of_a_trained_loop_learns_what_its_losses_still_do(tmp_path):
 def test_the_verdict_on_halting_compares_its_time_with_that_of_the_fixed_depth():
     def rows(seconds: float) -> list[dict]:
         shared = {"seconds_full": 2.0, "error_full": 0.1, "error": 0.1}
-        rule = {"rule": adaptive_depth.HEADLINE, "loops": 8, "seconds": seconds, "correlation": 0.5, "error_random": 0.4}
+        rule = {
+            "rule": adaptive_depth.HEADLINE,
+            "loops": 8,
+            "seconds": seconds,
+            "correlation": 0.5,
+            "error_random": 0.4,
+        }
         return [shared | {"rule": "smallest fixed depth", "loops": 16.0, "seconds": 1.0}, shared | rule]
 
     slow, quick = (adaptive_depth.verdict(Sandpile(), rows(s), 64)[1] for s in (1.5, 0.5))

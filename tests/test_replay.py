@@ -87,6 +87,43 @@ def test_sequences_are_pieces_of_one_episode(steps, length):
         check(replay.sample(64, length), newest)
 
 
+def check_earned(replay: Replay, discount: float) -> int:
+    """Compare ``earned`` of every transition held with what the environments did; returns how many are known."""
+    newest, start = replay.obs[(replay.total - 1) % replay.rows], np.flatnonzero(replay.priorities.weight > 0)
+    row, stream = np.divmod(start, replay.num_envs)
+    earned = replay.earned(start)
+    for b, (env, episode, step) in enumerate(replay.obs[row, stream].astype(int)):
+        length, ends = ENVS[env]
+        over = episode < newest[env, 1] or newest[env, 2] == length
+        assert earned.known[b] == over
+        if over:
+            rewards = np.arange(step + 1, length + 1)
+            np.testing.assert_allclose(earned.reward[b], (discount ** np.arange(len(rewards)) * rewards).sum(), 1e-6)
+            assert earned.steps[b] == length - step and earned.terminated[b] == (ends == "terminated")
+            np.testing.assert_array_equal(earned.obs[b], [env, episode, length])
+    return int(earned.known.sum())
+
+
+@pytest.mark.parametrize("steps", [2, 3, 13, 31, 32, 33, 95, 260])  # 32 rows a stream: before and after
+def test_earned_is_what_followed_until_the_episode_ended(steps):
+    """The same whether kept from the first row on, or asked for late, by another discount before, or after a resume."""
+    kept, late = Replay(4 * 32, 4, 3, 2), filled(steps, capacity=4 * 32)
+    kept.keep_earned(0.9)
+    fill(kept, steps)
+    late.keep_earned(0.5)
+    assert check_earned(late, 0.5) == check_earned(kept, 0.9) and (steps < 13 or check_earned(kept, 0.9) > 0)
+    late.keep_earned(0.9)
+    np.testing.assert_array_equal(late._to_go[late._last >= 0], kept._to_go[kept._last >= 0])
+    np.testing.assert_array_equal(late._last, kept._last)
+    again = Replay(4 * 32, 4, 3, 2)
+    again.keep_earned(0.9)
+    oldest = kept.total - len(kept)
+    again.restore(oldest, kept.slice(oldest, kept.total))
+    again.keep_earned(0.9)
+    np.testing.assert_array_equal(again._last[: len(kept)], kept._last[: len(kept)])
+    assert check_earned(again, 0.9) == check_earned(kept, 0.9)
+
+
 def test_terminal_observations_are_sampled_as_next_and_never_as_start():
     replay = filled(200, capacity=4 * 32)
     batch = replay.sample(4000, 1)

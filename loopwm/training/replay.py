@@ -38,6 +38,16 @@ class Batch(NamedTuple):
     start: np.ndarray  # (B,) int64, where each sequence begins: what ``Replay.prioritise`` takes
 
 
+class Earned(NamedTuple):
+    """What followed B transitions until their episodes were over; of arrays, or of tensors."""
+
+    reward: np.ndarray | torch.Tensor  # (B,) float32, discounted sum of the rewards from the transition's own on
+    steps: np.ndarray | torch.Tensor  # (B,) int64, transitions in that sum
+    obs: np.ndarray | torch.Tensor  # (B, O) the last observation
+    terminated: np.ndarray | torch.Tensor  # (B,) float32, ended by the task rather than by a time limit
+    known: np.ndarray | torch.Tensor  # (B,) bool; of an episode that goes on nothing is, and the rest means nothing
+
+
 class Replay:
     """A ring of ``capacity`` rows over ``num_envs`` streams, preallocated.
 
@@ -72,6 +82,7 @@ class Replay:
         self.rng = np.random.default_rng(seed)
         self.priorities = Priorities(self.rows * num_envs)  # zero where no transition begins
         self.new_priority = 1.0
+        self._discount: float | None = None  # of ``earned``, once it is kept
 
     def _allocate(self, name: str, dtype: type, width: int | None = None) -> np.ndarray:
         shape = (self.rows, self.num_envs) + (() if width is None else (width,))
@@ -107,6 +118,10 @@ class Replay:
         self.terminated[i], self.is_last[i] = terminated, is_last
         self._open(i)
         self.total += 1
+        if self._discount is not None:
+            self._last[i] = -1
+            for stream in np.flatnonzero(is_last):
+                self._close(i, int(stream))
 
     def _open(self, i: int) -> None:
         """Row i is the newest: no transition leaves it yet, but now one leaves the row before."""
@@ -116,6 +131,40 @@ class Replay:
             before = (i - 1) % self.rows
             weight = np.where(self.is_last[before], 0.0, self.new_priority)
             self.priorities.set(before * self.num_envs + streams, weight)
+
+    def keep_earned(self, discount: float) -> None:
+        """From now on ``earned`` answers, by this discount; what is held of whole episodes is looked through."""
+        if self._discount == discount:
+            return
+        if self._discount is None:
+            self._to_go = self._allocate("to_go", np.float32)
+            self._last = self._allocate("last", np.int64)  # the row of the episode's last observation
+        self._discount = discount
+        self._last[: len(self)] = -1
+        for age in range(len(self)):
+            i = (self.total - len(self) + age) % self.rows
+            for stream in np.flatnonzero(self.is_last[i]):
+                self._close(i, int(stream))
+
+    def _close(self, last: int, stream: int) -> None:
+        """The episode of ``stream`` whose last observation stands in row ``last`` is over: its rows are told."""
+        oldest = (self.total - len(self)) % self.rows
+        to_go, i = 0.0, last
+        while i != oldest:
+            i = (i - 1) % self.rows
+            if self.is_last[i, stream]:
+                break
+            to_go = float(self.reward[i, stream]) + self._discount * to_go
+            self._to_go[i, stream], self._last[i, stream] = to_go, last
+
+    def earned(self, start: np.ndarray) -> Earned:
+        """What the transitions that ``Batch.start`` (B,) names went on to earn; ``keep_earned`` comes first."""
+        row, stream = np.divmod(start, self.num_envs)
+        known = self._last[row, stream] >= 0
+        last = np.where(known, self._last[row, stream], row)
+        steps = (last - row) % self.rows
+        terminated = self.terminated[(last - 1) % self.rows, stream].astype(np.float32)
+        return Earned(self._to_go[row, stream], steps, self.obs[last, stream], terminated, known)
 
     def prioritise(self, start: np.ndarray, priority: np.ndarray) -> None:
         """Give the transitions that ``Batch.start`` (B,) names these priorities (B,), > 0."""
@@ -187,6 +236,7 @@ class Replay:
         for name in self.FIELDS:
             getattr(self, name)[rows] = fields[name]
         self.total = start + count
+        self._discount = None  # what followed is looked up anew
         opens = ~self.is_last
         opens[(self.total - 1) % self.rows] = False
         opens[len(self) :] = False
