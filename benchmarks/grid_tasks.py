@@ -25,6 +25,7 @@ SIZE, MAX_LOOPS = 8, 32
 PIECES = 4  # of the block ``rank``
 WHOLE = "wide_whole"  # see the function
 SUP_NORM = "looped, certified in the sup norm"
+RANK = "looped, of the same cells, uncertified"
 MODELS = {  # name in the tables: recipe
     "looped": Recipe("looped", free_loops=24),
     "stacked": Recipe("stacked"),
@@ -36,9 +37,9 @@ MODELS = {  # name in the tables: recipe
     "looped, from h0 only": Recipe("looped"),
     SUP_NORM: Recipe("looped", "certified", hidden=16, layers=(2, 1, 1), block="rank"),
     "stacked, of the same cells": Recipe("stacked", "certified", hidden=16, layers=(2, 1, 1), block="rank"),
-    "looped, of the same cells, uncertified": Recipe("looped", hidden=16, layers=(2, 1, 1), block="rank"),
+    RANK: Recipe("looped", hidden=16, layers=(2, 1, 1), block="rank"),
 }
-MODELS |= {f"{name}, untold": replace(MODELS[name], untold=True) for name in ("looped", SUP_NORM)}
+MODELS |= {f"{name}, untold": replace(MODELS[name], untold=True) for name in ("looped", SUP_NORM, RANK)}
 LADDER = {
     "looped": ((16, 16), (24, 16), (32, 16)),
     "stacked": ((16, 4), (16, 8), (16, 16), (32, 4), (32, 8), (32, 16)),
@@ -177,7 +178,7 @@ class Sandpile(GridTask):
         SUP_NORM: ((16, 16),),
         "stacked, of the same cells": ((16, 4), (16, 8), (16, 16)),
         "looped, untold": ((32, 16),),
-        f"{SUP_NORM}, untold": ((16, 16),),
+        **dict.fromkeys((RANK, f"{SUP_NORM}, untold", f"{RANK}, untold"), ((16, 16),)),
     }
     name, unit, trained = "sandpile", "toppling rounds", 8
     bins = ((0, 0), (1, 3), (4, 8), (9, 16), (17, 99))
