@@ -38,6 +38,7 @@ MODELS = {  # name in the tables: recipe
     SUP_NORM: Recipe("looped", "certified", hidden=16, layers=(2, 1, 1), block="rank"),
     "stacked, of the same cells": Recipe("stacked", "certified", hidden=16, layers=(2, 1, 1), block="rank"),
     RANK: Recipe("looped", hidden=16, layers=(2, 1, 1), block="rank"),
+    "stacked, of the same cells, uncertified": Recipe("stacked", hidden=16, layers=(2, 1, 1), block="rank"),
 }
 MODELS |= {f"{name}, untold": replace(MODELS[name], untold=True) for name in ("looped", SUP_NORM, RANK)}
 LADDER = {
@@ -177,6 +178,7 @@ class Sandpile(GridTask):
     ladder = LADDER | {
         SUP_NORM: ((16, 16),),
         "stacked, of the same cells": ((16, 4), (16, 8), (16, 16)),
+        "stacked, of the same cells, uncertified": ((16, 4), (16, 8), (16, 16)),
         "looped, untold": ((32, 16),),
         **dict.fromkeys((RANK, f"{SUP_NORM}, untold", f"{RANK}, untold"), ((16, 16),)),
     }
