@@ -78,7 +78,9 @@ def draw(task: Task, rows: list[dict], path: Path) -> None:
         else:
             axes.set_yscale("log")  # what was trained on and what was not are far apart
         axes.grid(alpha=0.25)
-    figure.legend(*left.get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside right upper")
+    figure.legend(
+        *left.get_legend_handles_labels(), fontsize=7, frameon=False, handlelength=3.5, loc="outside right upper"
+    )
     save_figure(figure, path)
 
 
