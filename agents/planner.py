@@ -271,13 +271,15 @@ class PlannerAgent(ActingAgent):
         Minus infinity while an episode goes on. What was earned once can be earned again where the world is
         deterministic, so no value should lie below it (optimality tightening, 1611.01606, eq. 5; self-imitation
         learning, 1806.05635): what succeeded by chance is known at once, which targets of a few steps hand down slowly.
+        It is lowered by 1 - ``return_floor`` of its size, for the luck of noisy actions is in it too.
         """
         replay.keep_earned(self.config.discount)
         earned = Earned(*(torch.as_tensor(x, device=self.device) for x in replay.earned(start)))
         z = self.encode(earned.obs)
         value = self.value_target.values(self.value_input(z, self.policy_target(z)[0])).amin(0)
         after = self.config.discount ** earned.steps.float() * (1.0 - earned.terminated)
-        return torch.where(earned.known, earned.reward + after * value, -math.inf)
+        found = earned.reward + after * value
+        return torch.where(earned.known, found - (1.0 - self.config.return_floor) * found.abs(), -math.inf)
 
     def _update_value(self, inputs: Tensor, target: Tensor, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """inputs (B, ...), target and weight (B,) -> (metrics, the values (E, B, bins) before the step, encoded)."""

@@ -167,7 +167,7 @@ class PlannerConfig(Section):
     clip_norm: Positive = 20.0  # largest norm of a gradient, no unit
     discount: Fraction = 0.99  # worth of the next agent step's return, no unit, in (0, 1)
     n_step: Count = 3  # rewards summed before the value target bootstraps, agent steps
-    return_floor: bool = False  # a value's target is at least what its episode went on to earn, yes or no
+    return_floor: Share = 0.0  # a value's target is at least this part of what its episode went on to earn, in [0, 1]
     imagined_steps: Whole = 0  # value (policy too, with no horizon) learns on latents imagined so far, agent steps
     priority: Share = 0.4  # a transition's priority is its value error to this power; 0: all are drawn alike
     tau: Share = 0.02  # part of the new weights the value and policy targets take per update, in [0, 1]

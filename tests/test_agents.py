@@ -759,7 +759,7 @@ def test_the_value_is_read_where_the_sequence_ends(monkeypatch):
 
 def test_targets_are_at_least_what_the_episode_went_on_to_earn(monkeypatch):
     """By hand: the discounted rewards to the end, and the value there unless it terminated; nothing of what goes on."""
-    agent, replay, seen = make(return_floor=True), filled_replay(), {}
+    agent, replay, seen = make(return_floor=0.9), filled_replay(), {}
     monkeypatch.setattr(agent.value_target, "values", lambda pair: pair.sum(-1).expand(2, -1))
     start = np.flatnonzero(replay.priorities.weight > 0)
     with torch.no_grad():
@@ -774,7 +774,7 @@ def test_targets_are_at_least_what_the_episode_went_on_to_earn(monkeypatch):
             value = torch.cat([z, agent.policy_target(z)[0]], -1).sum()
             expected = (discount[:-1] * replay.reward[row:last, stream]).sum()
             expected += discount[-1] * float(value) * (stream != 0)  # the first stream's episodes terminate
-            assert found[b].item() == pytest.approx(expected, abs=1e-5)
+            assert found[b].item() == pytest.approx(expected - 0.1 * abs(expected), abs=1e-5)
     update = agent._update_value
     monkeypatch.setattr(agent, "_earned", lambda replay, start: torch.full((len(start),), 7.5))
     monkeypatch.setattr(agent, "_value_target", lambda z, *_: torch.linspace(0.0, 15.0, len(z)))

@@ -61,7 +61,7 @@ CASES = {
     "global-streams": [*CARTPOLE, *EVERY, "task=gym/Drawing-v0"],
     "grid": ["task=gym/loopwm/Sandpile-v0", *TINY, *EVERY, *PLAN, "encoder=grid", *SHALLOW, "agent.novelty_spread=0"],
     "ring-wraps": [*CARTPOLE, *EVERY, "replay.capacity=200"],
-    "return-floor": [*CARTPOLE, *EVERY, "replay.capacity=200", "num_envs=2", "agent.return_floor=true"],
+    "return-floor": [*CARTPOLE, *EVERY, "replay.capacity=200", "num_envs=2", "agent.return_floor=0.9"],
 }
 
 
