@@ -269,7 +269,7 @@ class PlannerAgent(ActingAgent):
         """What the episodes of the transitions ``start`` (B,) went on to earn, with the value at their end: (B,).
 
         Minus infinity while an episode goes on. What was earned once can be earned again where the world is
-        deterministic, so no value should lie below it (optimality tightening, 1611.01606, eq. 5; self-imitation
+        deterministic, so no value should lie below it (optimality tightening, 1611.01606; self-imitation
         learning, 1806.05635): what succeeded by chance is known at once, which targets of a few steps hand down slowly.
         It is lowered by 1 - ``return_floor`` of its size, for the luck of noisy actions is in it too.
         """

@@ -2,7 +2,8 @@
 
 A ``Task`` gives the data and says what an error is; a ``Recipe`` is one model and how it is trained. Every model of a
 task has the same data, optimiser, schedule and number of steps, and a learning rate that is chosen for it from the same
-three. Trained models are kept, so that the benchmarks that ask different things of one model share its training.
+three; but the loss of loops of random depth is told what they need (``Task.loops_needed``), unless they are ``untold``.
+Trained models are kept, so that the benchmarks that ask different things of one model share its training.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ class Task:
         return error <= (best + loss if self.exact else best * (1.0 + loss))
 
     def loops_needed(self, difficulty: Tensor) -> Tensor:
-        """(B,) loops without which an example cannot be known, so that it does not count in training."""
+        """(B,) loops without which an example cannot be known, so that it does not count in training, see ``loss``."""
         return torch.zeros_like(difficulty)
 
     def training_set(self) -> Examples:
