@@ -24,7 +24,7 @@ class PlanBudget:
     max_std: float = 0.6  # first spread and the most of any, action units (discrete: share of uniform draws)
     temperature: float = 0.5  # weight exp((score - best) / temperature), scores standardised over the elites
     min_std: float = 0.05  # floor of the sampling spread, action units
-    correlation: float = 0.0  # of a sequence's noise from step to step, in [0, 1] (discrete: none)
+    correlation: float = 0.0  # of a drawn sequence's noise from step to step, in [0, 1] (discrete: none)
 
 
 class Plan(NamedTuple):

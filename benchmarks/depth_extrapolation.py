@@ -51,13 +51,14 @@ def mean_error(rows: list[dict], name: str, size: int, depth: int | str | None, 
 
 
 def draw(task: Task, rows: list[dict], path: Path) -> None:
-    """Error against difficulty at ``deep``, and against depth. Loops are dots, controls crosses."""
+    """Error against difficulty at ``deep``, and against depth. Loops are dots or squares, controls crosses."""
     figure, (left, beside) = plt.subplots(1, 2, figsize=(12, 4.2), dpi=130, layout="constrained")
     size, found, drawn = task.sizes[0], list(rows[0]["error"]), {row["model"] for row in rows}
     for place, (name, recipe) in enumerate((n, r) for n, r in task.models.items() if n in drawn):
-        look = {"color": f"C{place % 10}", "marker": "o" if recipe.looped else "x", "ms": 4}
+        # Ten colours, and more models: the next ten have other marks, and are dashed on the left.
+        marks = ("o", "x") if place < 10 else ("s", "+")
+        look = {"color": f"C{place % 10}", "marker": marks[not recipe.looped], "ms": 4}
         scores = np.array([mean_error(rows, name, size, deep(recipe), group) for group in found])  # (groups, seeds)
-        # Ten colours, and more models: the next ten are dashed.
         left.plot(found, scores.mean(1), "--" if place >= 10 else "-", label=name, **look)
         left.fill_between(found, scores.min(1), scores.max(1), color=look["color"], alpha=0.15, linewidth=0)
         if len(depths_of(recipe)) > 1:

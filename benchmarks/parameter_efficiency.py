@@ -215,7 +215,9 @@ def earlier_rows(task: Task, path: Path, steps: int | None) -> dict[tuple[str, R
         base = task.models.get(name) if (recipe.hidden, recipe.loops) in task.ladder.get(name, ()) else None
         free = {key: getattr(recipe, key) for key in ("hidden", "loops", "seed", "learning_rate")}
         if base is None or recipe != replace(base, steps=steps or base.steps, **free):
-            raise ValueError(f"{path}: {name} is not of this ladder after {steps or 'its usual'} steps: see --steps")
+            raise ValueError(
+                f"{path}: {name} is not of this ladder after {steps or 'its usual'} steps: see --steps, --sizes"
+            )
         if parameters[name, recipe] != count(task.model(recipe)):
             raise ValueError(f"{path}: {name} has another number of parameters on {task.name}")
     return rows
@@ -243,8 +245,8 @@ def sizes(
 def size(text: str) -> tuple[int, int]:
     """The type of an option: WIDTHxLOOPS. Raises argparse.ArgumentTypeError."""
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxLOOPS, such as 32x16")
+    if not found or int(found[2]) < 4:  # a random depth is drawn in quarters of the loops
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxLOOPS, such as 32x16, of 4 loops or more")
     return int(found[1]), int(found[2])
 
 
@@ -257,7 +259,11 @@ def main(arguments: list[str]) -> None:
     )
     p.add_argument("--models", nargs="+", metavar="NAME", help="some of the ladder, loops and controls (default: all)")
     p.add_argument(
-        "--sizes", nargs="+", type=size, metavar="WIDTHxLOOPS", help="of every model, for those of its ladder"
+        "--sizes",
+        nargs="+",
+        type=size,
+        metavar="WIDTHxLOOPS",
+        help="sizes of every model, instead of those of its ladder",
     )
     args = p.parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task

@@ -26,7 +26,9 @@ Scalar = bool | int | float | str
 
 # ------------------------------------------------------------------------------------------ what a value may be
 
-MOST = 10**12  # what is beyond memory ends in words (loopwm/memory.py), what is beyond int64 here
+# Far below int64, so that products of two are within it: what is beyond the memory ends in words (loopwm/memory.py).
+MOST = 10**12
+# (Two rules each, for their messages: "at least 1" of what is too small.)
 Count = Annotated[int, Within(1), Within(1, MOST)]  # 1, 2, ...
 Whole = Annotated[int, Within(0), Within(0, MOST)]  # 0, 1, 2, ...
 Several = Annotated[int, Within(2), Within(2, MOST)]  # 2, 3, ...
@@ -167,7 +169,7 @@ class PlannerConfig(Section):
     clip_norm: Positive = 20.0  # largest norm of a gradient, no unit
     discount: Fraction = 0.99  # worth of the next agent step's return, no unit, in (0, 1)
     n_step: Count = 3  # rewards summed before the value target bootstraps, agent steps
-    return_floor: Share = 0.0  # a value's target is at least this part of what its episode went on to earn, in [0, 1]
+    return_floor: Share = 0.0  # 1: no real value's target is below what its episode earned; less: that, lowered; 0: off
     imagined_steps: Whole = 0  # value (policy too, with no horizon) learns on latents imagined so far, agent steps
     priority: Share = 0.4  # a transition's priority is its value error to this power; 0: all are drawn alike
     tau: Share = 0.02  # part of the new weights the value and policy targets take per update, in [0, 1]
@@ -199,7 +201,7 @@ class PlannerConfig(Section):
     plan_horizon: Count = 3  # how far a plan looks ahead, agent steps
     plan_std: Share = 1.0  # first spread of a plan around the policy, action units (discrete: share of uniform draws)
     plan_std_final: Share = 0.15  # its last spread, reached with explore_decay_steps, action units
-    plan_correlation: Share = 0.0  # of a sequence's noise from step to step, in [0, 1]
+    plan_correlation: Share = 0.0  # of the noise of drawn sequences from step to step, in [0, 1] (discrete: none)
     plan_loops: Whole = 4  # loops in each prediction while planning; 0: adaptive
     plan_policy_std: NonNegative = 0.2  # spread of the perturbed policy sequences of a plan, action units
     novelty_spread: NonNegative = 0.005  # of a plan's scores: so alike, exploring seeks new latents, return; 0: never

@@ -47,6 +47,11 @@ def test_parameter_efficiency(run):
     for names in (["looped"], ["stacked", "single_pass"], ["looped", "stacked", "nothing"]):
         with pytest.raises(SystemExit):
             run(parameter_efficiency, "--models", *names)
+    sized = run(parameter_efficiency, "--models", "looped", "stacked", "--sizes", "4x4", "8x5")
+    assert [(row["hidden"], row["loops"]) for row in sized["rows"]] == [(4, 4), (8, 5)] * 2
+    for sizes in ("0x4", "32", "4x4x4", "8x2"):
+        with pytest.raises(SystemExit):
+            run(parameter_efficiency, "--sizes", sizes)
 
 
 def test_loop_design(run, monkeypatch):

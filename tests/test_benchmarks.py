@@ -416,6 +416,7 @@ def test_the_gate_of_a_trained_loop_learns_what_its_losses_still_do(tmp_path):
 def test_the_verdict_on_halting_compares_its_time_with_that_of_the_fixed_depth():
     def rows(seconds: float) -> list[dict]:
         shared = {"seconds_full": 2.0, "error_full": 0.1, "error": 0.1}
+        quicker = {"rule": "residual", "loops": 2, "seconds": 0.1, "correlation": 0.9, "error_random": 0.4}
         rule = {
             "rule": adaptive_depth.HEADLINE,
             "loops": 8,
@@ -423,11 +424,16 @@ def test_the_verdict_on_halting_compares_its_time_with_that_of_the_fixed_depth()
             "correlation": 0.5,
             "error_random": 0.4,
         }
-        return [shared | {"rule": "smallest fixed depth", "loops": 16.0, "seconds": 1.0}, shared | rule]
+        return [
+            shared | {"rule": "smallest fixed depth", "loops": 16.0, "seconds": 1.0},
+            shared | quicker,
+            shared | rule,
+        ]
 
     slow, quick = (adaptive_depth.verdict(Sandpile(), rows(s), 64)[1] for s in (1.5, 0.5))
     assert "fewer than the smallest fixed depth (16), which takes 50% of the time: halting saves none beside it" in slow
     assert "saves none" not in quick and "halting takes 50% of its time" in quick
+    assert quick.startswith(f"Halting by {adaptive_depth.HEADLINE} takes 12% of the loops")  # one rule for all worlds
 
 
 def test_a_loss_of_one_per_cent_is_of_the_answers_or_of_the_distance(tmp_path):
@@ -537,7 +543,8 @@ def test_what_cannot_be_known_at_its_depth_does_not_count():
     assert counted.item() == pytest.approx(float(losses[batch.difficulty <= spent].mean()))
     twice = task.counted(said, batch, replace(recipe, layers=(1, 2, 1)), spent)
     assert twice.item() == pytest.approx(float(losses[batch.difficulty <= 2 * spent].mean()))
-    assert task.counted(said, batch, recipe, None).item() == pytest.approx(float(losses.mean()))
+    for all_count in ((recipe, None), (replace(recipe, untold=True), spent)):
+        assert task.counted(said, batch, *all_count).item() == pytest.approx(float(losses.mean()))
 
 
 def test_the_early_loss_is_that_of_an_earlier_loop_of_the_same_pass():

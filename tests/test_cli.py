@@ -154,15 +154,25 @@ def test_memory_that_ends_while_training(tmp_path, capsys, monkeypatch):
     """As that for a batch or a plan may: one line, and what the run had is kept."""
     too_much = 2**47  # bytes, more than an address space holds
 
-    def update(self, replay):
-        torch.empty(too_much, dtype=torch.uint8)
+    update = PlannerAgent.update
+    with monkeypatch.context() as patch:  # after the checkpoint at frame 30
 
-    with monkeypatch.context() as patch:
-        patch.setattr(PlannerAgent, "update", update)
+        def grown(self, replay):
+            return update(self, replay) if self.acted < 40 else torch.empty(too_much, dtype=torch.uint8)
+
+        patch.setattr(PlannerAgent, "update", grown)
         assert run(tmp_path / "x", *SHORT) == 2
     *_, last = capsys.readouterr().err.splitlines()  # after the bar
     assert last.startswith("train.py: not enough memory for these settings") and str(too_much) in last
+    assert Checkpoints(tmp_path / "x").frames() == [30]
     assert run(tmp_path / "x", *SHORT, "resume=true") == 0
+    with monkeypatch.context() as patch:  # in an evaluation: it is made again
+        patch.setattr(
+            trainer_module, "rollout", memory_in_words()(lambda *_, **__: torch.empty(too_much, dtype=torch.uint8))
+        )
+        assert run(tmp_path / "x", *SHORT, "frames=90", "resume=true") == 2
+    assert run(tmp_path / "x", *SHORT, "frames=90", "resume=true") == 0
+    assert [one["frames"] for one in lines(tmp_path / "x") if "eval/return" in one] == [30, 60, 90]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory.")])

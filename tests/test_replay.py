@@ -105,9 +105,11 @@ def check_earned(replay: Replay, discount: float) -> int:
 
 
 @pytest.mark.parametrize("steps", [2, 3, 13, 31, 32, 33, 95, 260])  # 32 rows a stream: before and after
-def test_earned_is_what_followed_until_the_episode_ended(steps):
+@pytest.mark.parametrize("mapped", [False, True])
+def test_earned_is_what_followed_until_the_episode_ended(steps, mapped, tmp_path):
     """The same whether kept from the first row on, or asked for late, by another discount before, or after a resume."""
-    kept, late = Replay(4 * 32, 4, 3, 2), filled(steps, capacity=4 * 32)
+    (tmp_path / "x").mkdir()
+    kept, late = Replay(4 * 32, 4, 3, 2, path=str(tmp_path / "x") if mapped else ""), filled(steps, capacity=4 * 32)
     kept.keep_earned(0.9)
     fill(kept, steps)
     late.keep_earned(0.5)

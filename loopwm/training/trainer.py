@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from loopwm.memory import memory_in_words
+from loopwm.memory import OutOfMemory, memory_in_words
 from loopwm.training.checkpoint import CheckpointError, Checkpoints
 from loopwm.training.interrupt import Interrupt
 from loopwm.training.logger import Logger
@@ -99,7 +99,8 @@ class Trainer:
         """Train to the end, or until Ctrl-C; returns what summary.json says.
 
         Raises:
-            OutOfMemory: a plan or a batch is larger than the memory; the last checkpoint is from before that.
+            OutOfMemory: a plan or a batch is larger than the memory; the checkpoints are as they were, or of an
+                evaluation that is made again by ``resume``.
             Diverged: and the last checkpoint is from before that.
             Exception: the environment's own; what was learnt until then is in a checkpoint.
         """
@@ -259,6 +260,9 @@ class Trainer:
                 seed=self.seed + EVAL_SEED,
                 stop=lambda: interrupt.requested,
             )
+        except OutOfMemory:  # made again when the run goes on, with fewer eval_samples perhaps
+            self._save()
+            raise
         except Exception:
             self.evaluation, self.evaluated = None, self.frames  # the same agent would fail on the same episodes again
             self._save()
