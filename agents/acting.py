@@ -91,8 +91,15 @@ class ActingAgent:
         policy_samples = max(1, c.plan_samples // 4)
         elites = max(1, c.plan_samples // 5)
         std = self._annealed(c.plan_std, c.plan_std_final)
-        searched = {"max_std": std, "correlation": c.plan_correlation}
-        return PlanBudget(c.plan_samples, c.plan_iterations, c.plan_horizon, policy_samples, elites, **searched)
+        return PlanBudget(
+            c.plan_samples,
+            c.plan_iterations,
+            c.plan_horizon,
+            policy_samples,
+            elites,
+            max_std=std,
+            correlation=c.plan_correlation,
+        )
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, *, first: np.ndarray | None = None, explore: bool = False) -> np.ndarray:

@@ -53,8 +53,8 @@ def mean_error(rows: list[dict], name: str, size: int, depth: int | str | None, 
 def draw(task: Task, rows: list[dict], path: Path) -> None:
     """Error against difficulty at ``deep``, and against depth. Loops are dots or squares, controls crosses."""
     figure, (left, beside) = plt.subplots(1, 2, figsize=(12, 4.2), dpi=130, layout="constrained")
-    size, found, drawn = task.sizes[0], list(rows[0]["error"]), {row["model"] for row in rows}
-    for place, (name, recipe) in enumerate((n, r) for n, r in task.models.items() if n in drawn):
+    size, found = task.sizes[0], list(rows[0]["error"])
+    for place, (name, recipe) in enumerate(task.models.items()):
         # Ten colours, and more models: the next ten have other marks, and are dashed on the left.
         marks = ("o", "x") if place < 10 else ("s", "+")
         look = {"color": f"C{place % 10}", "marker": marks[not recipe.looped], "ms": 4}

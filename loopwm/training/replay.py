@@ -141,10 +141,8 @@ class Replay:
             self._last = self._allocate("last", np.int64)  # the row of the episode's last observation
         self._discount = discount
         self._last[: len(self)] = -1
-        for age in range(len(self)):
-            i = (self.total - len(self) + age) % self.rows
-            for stream in np.flatnonzero(self.is_last[i]):
-                self._close(i, int(stream))
+        for last, stream in np.argwhere(self.is_last[: len(self)]).tolist():
+            self._close(last, stream)
 
     def _close(self, last: int, stream: int) -> None:
         """The episode of ``stream`` whose last observation stands in row ``last`` is over: its rows are told."""
