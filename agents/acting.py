@@ -103,13 +103,20 @@ class ActingAgent:
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, *, first: np.ndarray | None = None, explore: bool = False) -> np.ndarray:
-        """See ``Agent.act``. The first ``seed_steps`` exploring actions are random."""
+        """See ``Agent.act``. The first ``seed_steps`` exploring actions are random.
+
+        Raises:
+            ValueError: obs of another shape than (N, O), or not finite.
+        """
+        if obs.ndim != 2 or obs.shape[1] != self.obs_dim or not np.isfinite(obs).all():
+            wrong = "numbers that are not finite" if obs.shape[1:] == (self.obs_dim,) else f"shape {obs.shape}"
+            raise ValueError(f"act takes finite observations (N, {self.obs_dim}), got {wrong}")
         envs = obs.shape[0]
         if explore:
             self.acted += envs
             if self.acted <= self.config.seed_steps:
                 return self._to_env(self._explore(torch.zeros(envs, self.action_dim, device=self.device), first, 1.0))
-        z = self.encode(torch.as_tensor(obs, device=self.device))  # (N, Z)
+        z = self.encode(torch.as_tensor(obs, dtype=torch.float32, device=self.device))  # (N, Z)
         if self.config.plan_samples > 0 and (self.config.plan_collect or not explore):
             action = self.plan(z, explore)
         else:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import read_returns
+from benchmarks.harness import read_returns, up_to
 from benchmarks.plots import plt, save_figure
+from loopwm.training.run_dir import file_name
 
 COLORS = {
     "looped": "#1b6ca8",
@@ -101,7 +102,7 @@ def draw(task: str, rows: list[dict], out: Path, anchors: dict[str, list[tuple[i
     figure, axes = plt.subplots(figsize=(6.4, 3.8), dpi=130)
     panel(axes, task, rows, anchors)
     axes.legend(fontsize=8, frameon=False)
-    return save(figure, out / f"{task.split('/', 1)[1]}.png")
+    return save(figure, out / f"{file_name(task.split('/', 1)[1])}.png")
 
 
 def draw_grid(by_task: dict[str, list[dict]], path: Path, csv_file: Path | None) -> Path:
@@ -130,7 +131,6 @@ def film(run_dir: Path, out: Path) -> Path:
     """Four stills of one evaluation episode of a run's newest agent, as PNG."""
     from agents import load_agent
     from envs import make_vector_env
-    from loopwm.training.run_dir import file_name
     from loopwm.training.video import film_strip, record_episode
 
     agent, cfg, _ = load_agent(run_dir)
@@ -148,6 +148,7 @@ def main(arguments: list[str]) -> None:
     p.add_argument("--before", type=Path, nargs="*", default=[], help="likewise, of another default: in another colour")
     p.add_argument("--published", type=Path, help="csv of published returns, drawn as dashed lines")
     p.add_argument("--grid", type=Path, metavar="FILE.png", help="all tasks as panels of one figure, and no others")
+    p.add_argument("--until", type=int, metavar="FRAMES", help="draw no evaluation after those (default: all)")
     p.add_argument("--film", type=Path, metavar="RUN_DIR", help="also a strip of stills of that run's agent")
     args = p.parse_args(arguments)
     if args.film:
@@ -155,7 +156,10 @@ def main(arguments: list[str]) -> None:
     by_task: dict[str, list[dict]] = {}
     for path, name in [*((path, BEFORE) for path in args.before), *((path, "{}") for path in args.results)]:
         for row in read_rows(path):
-            by_task.setdefault(row["task"], []).append(row | {"dynamics": name.format(row["dynamics"])})
+            curve = row["curve"] if args.until is None else up_to(row["curve"], args.until)
+            if curve:
+                row = row | {"dynamics": name.format(row["dynamics"]), "curve": curve}
+                by_task.setdefault(row["task"], []).append(row)
     if args.grid and by_task:
         print(draw_grid(by_task, args.grid, args.published))
         return

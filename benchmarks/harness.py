@@ -158,8 +158,13 @@ def run_commit(run_dir: Path) -> str:
 
 
 def at_frames(points: list[tuple[int, float]], frames: int) -> float:
-    """The value of the last point at or before ``frames`` (evaluations fall a few frames after their mark)."""
-    return next(value for at, value in reversed(points) if at <= frames + 64)
+    """The value of the last point at or before ``frames``."""
+    return up_to(points, frames)[-1][1]
+
+
+def up_to(points: list[tuple[int, float]], frames: int) -> list[tuple[int, float]]:
+    """The points at or before ``frames``; evaluations fall a few frames after their mark."""
+    return [point for point in points if point[0] <= frames + 64]
 
 
 def train(run_dir: Path, overrides: Sequence[str], core: int | None = None, one_thread: bool = False) -> Path:

@@ -50,7 +50,8 @@ def _make(name: str, told: dict[str, Any], task: str, render: bool) -> gymnasium
             check_backend(task)
         if isinstance(error, (AttributeError, RuntimeError)):
             raise
-        raise TaskError(f"task '{task}' needs a package: {first_line(error)}") from error
+        where = " (is its folder on PYTHONPATH?)" if isinstance(error, ModuleNotFoundError) and ":" in name else ""
+        raise TaskError(f"task '{task}' needs a package: {first_line(error)}{where}") from error
     except gymnasium.error.UnregisteredEnv as error:
         near = suggestion(f"gym/{name}", (f"gym/{other}" for other in gymnasium.registry))
         package = isinstance(error, gymnasium.error.NamespaceNotFound)  # one that is missing, or mistyped

@@ -26,13 +26,13 @@ def flat_observation(space: Space, task: str) -> tuple[Box, Callable[[Any], np.n
         The flat float32 Box of shape (O,), and a function from one observation to a NEW float32 array (O,).
 
     Raises:
-        TaskError: the space holds something else, images (uint8, three axes), or nothing at all.
+        TaskError: the space holds something else, images (uint8 of three axes or more), or nothing at all.
     """
     for leaf in _leaves(space):
         if not isinstance(leaf, (Box, Discrete)):
             kind = type(leaf).__name__
             raise TaskError(f"task '{task}' has a {kind} observation; supported are Box and Discrete")
-        if leaf.dtype == np.uint8 and len(leaf.shape) == 3:
+        if leaf.dtype == np.uint8 and len(leaf.shape) >= 3:
             raise TaskError(f"task '{task}' has an image of shape {leaf.shape} as observation; vectors are supported")
     flat = flatten_space(space)
     if flat.shape == (0,):

@@ -39,7 +39,8 @@ NonNegative = Annotated[float, Within(0)]  # >= 0
 Fraction = Annotated[float, Within(0, 1, open=True)]  # in (0, 1)
 Share = Annotated[float, Within(0, 1)]  # in [0, 1]
 Suite = Annotated[str, OneOf(("dmc", "gym"))]
-DynamicsName = Annotated[str, OneOf(("looped", "single_pass", "stacked", "wide", "deep_thin"))]
+CONTROLS = ("single_pass", "stacked", "wide", "deep_thin")  # what iterates nothing
+DynamicsName = Annotated[str, OneOf(("looped", *CONTROLS), open=True)]
 DepthSampler = Annotated[str, OneOf(("fixed", "poisson", "lognormal_poisson", "uniform"))]
 LoopMode = Annotated[str, OneOf(("certified", "lipsdp", "linear", "soft"))]
 CERTIFIED = ("certified", "lipsdp")  # modes whose loop contracts
@@ -49,7 +50,7 @@ LayerOrder = Annotated[str, OneOf(("abab", "aabb"))]
 Injection = Annotated[str, OneOf(("zoh", "euler", "additive"))]
 LoopActivation = Annotated[str, OneOf(("relu", "tanh", "silu"))]
 # not `gate`, which the agents train none of, nor `random`, a control with a random stream that no run would save
-Halting = Annotated[str, OneOf(("residual", "fixed", "second_difference", "certified", "prediction"))]
+Halting = Annotated[str, OneOf(("residual", "fixed", "second_difference", "certified", "prediction"), open=True)]
 ValueLoss = Annotated[str, OneOf(("auto", "huber", "two_hot"))]
 Solver = Annotated[str, OneOf(("plain", "anderson"))]
 Gradient = Annotated[str, OneOf(("unrolled", "implicit"))]
@@ -96,7 +97,7 @@ class DynamicsConfig(Section):
     """(z, action) -> next z: the loop, or one of its controls with the same fields."""
 
     SECTION: ClassVar[str] = "dynamics"
-    name: DynamicsName = "looped"  # the loop, or a control to compare it with, whose choice sets mode=linear too
+    name: DynamicsName = "looped"  # the loop, a control (dynamics=NAME sets mode=linear too), or one's own MODULE:CLASS
     block: Block = "mlp"  # what is looped: mlp for vectors; conv, rank for grids (which encoder=grid chooses)
     hidden_dim: Count = 64  # D, width of the loop state h, units
     block_dim: Count = 128  # inner width of the block, units
@@ -113,7 +114,7 @@ class DynamicsConfig(Section):
     injection: Injection = "zoh"  # how the prelude enters each loop
     activation: LoopActivation = "relu"  # of the block (rank has none); loops of relu alone run fused
     skip: bool = False  # a matrix on the loop state beside the block; not in mode certified
-    halting: Halting = "residual"  # rule by which a sample stops where no depth is asked for, as with plan_loops=0
+    halting: Halting = "residual"  # what stops a sample where no depth is asked for (plan_loops=0), or MODULE:CLASS
     halt_tolerance: Positive = 0.01  # its one number; certified: a distance, prediction: a return, else relative
     patience: Count = 1  # loops in a row for which the rule must hold, loops
     solver: Solver = "plain"  # what enters the next loop where no depth is asked for
@@ -130,8 +131,8 @@ class DynamicsConfig(Section):
                 f"dynamics.min_loops={self.min_loops}: must be at most dynamics.mean_loops={self.mean_loops}"
             )
         for name, value in (("halting", "certified"), ("gradient", "implicit")):
-            if getattr(self, name) == value and (self.name != "looped" or self.mode not in CERTIFIED):
-                needed = "dynamics=looped" if self.name != "looped" else f"dynamics.mode={' or '.join(CERTIFIED)}"
+            if getattr(self, name) == value and (self.name in CONTROLS or self.mode not in CERTIFIED):
+                needed = "dynamics=looped" if self.name in CONTROLS else f"dynamics.mode={' or '.join(CERTIFIED)}"
                 raise ConfigError(f"dynamics.{name}={value}: needs {needed}")
         if self.block == "rank" and self.block_dim % self.hidden_dim:
             needed = f"dynamics.block=rank needs a multiple of dynamics.hidden_dim={self.hidden_dim}"
@@ -254,7 +255,7 @@ class Config(Section):
 
     def check(self) -> None:
         """An earlier loop exists where it is trained; grids have a block for grids."""
-        if self.agent.early_weight and (self.dynamics.name != "looped" or self.dynamics.gradient != "unrolled"):
+        if self.agent.early_weight and (self.dynamics.name in CONTROLS or self.dynamics.gradient != "unrolled"):
             raise ConfigError("agent.early_weight: needs dynamics=looped and dynamics.gradient=unrolled")
         if (self.encoder.name == "grid") != (self.dynamics.block in GRID_BLOCKS):
             needed = "encoder=grid" if self.encoder.name == "mlp" else "dynamics.block=conv or rank"

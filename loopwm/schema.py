@@ -45,13 +45,16 @@ class Within(NamedTuple):
 
 
 class OneOf(NamedTuple):
-    """One of a few words."""
+    """One of a few words; where it is `open`, also MODULE:NAME, a part of one's own (see `loopwm.plugins`)."""
 
     words: tuple[str, ...]
+    open: bool = False
 
     def complaint(self, value: str) -> str | None:
         """What is wrong with `value`, or None."""
-        return None if value in self.words else not_among(value, self.words)
+        if value in self.words or (self.open and re.fullmatch(r"\w+(\.\w+)*:\w+", value)):
+            return None
+        return not_among(value, self.words)
 
 
 class Matches(NamedTuple):

@@ -20,6 +20,7 @@ from benchmarks import (
     diagnose,
     figures,
     harness,
+    headline,
     policy_gradients,
     representation,
     returns,
@@ -643,6 +644,43 @@ def test_figures_read_the_csv_of_a_result(tmp_path):
         "seed": 1,
         "curve": [(20_000, 20_001.5), (40_000, 40_001.5)],
     }
+
+
+def test_figures_end_where_they_are_told_to(tmp_path, monkeypatch):
+    lines = ["task,dynamics,seed,frames,return,frames_per_second,commit"]
+    lines += [f"gym/loopwm/Sandpile-v0,looped,0,{frames},1.0,100,abc" for frames in (2500, 5002, 10_000)]
+    lines += ["gym/loopwm/Sandpile-v0,wide,0,10000,1.0,100,abc"]
+    (tmp_path / "x.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    drawn = []
+    monkeypatch.setattr(figures, "panel", lambda axes, title, rows, *rest: drawn.extend(rows))
+    figures.main([str(tmp_path / "x.csv"), "--until", "5000", "--out", str(tmp_path)])
+    assert [(row["dynamics"], row["curve"]) for row in drawn] == [("looped", [(2500, 1.0), (5002, 1.0)])]
+    assert (tmp_path / "loopwm-Sandpile-v0.png").exists()  # a file, whatever the task's name
+
+
+# ---- headline -------------------------------------------------------------------------------------------
+
+
+def test_the_headline_reads_errors_and_older_shares_right(tmp_path):
+    def row(model, depth, right):
+        return {"model": model, "depth": depth, "size": 8, "seed": 0} | right
+
+    rows = [
+        row("looped", 16, {"right": {"0-0": 1.0, "1-3": 0.75, "4-8": 0.5}}),
+        row("looped", 64, {"right": {"0-0": 1.0, "1-3": 1.0, "4-8": 0.25}}),
+        row("looped", 64, {"error": {"0": 0.0, "1-3": 0.5, "4-8": 1.0}}),
+        row("looped", 64, {"right": {"0-0": 1.0, "1-3": 0.0, "4-8": 0.0}}) | {"size": 12},
+        row("stacked", None, {"error": {"0": 0.0, "1-3": 0.0, "4-8": 0.125}}),
+    ]
+    (tmp_path / "x.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    names, right = headline.shares_right(tmp_path, headline.Line("x", "looped", 64, "", "k"))
+    assert names == ["1-3", "4-8"] and right.tolist() == [[1.0, 0.25], [0.5, 0.0]]
+    assert headline.shares_right(tmp_path, headline.Line("x", "stacked", None, "", "k"))[1].tolist() == [[1.0, 0.875]]
+
+
+def test_the_headline_is_drawn_from_the_results_that_are_kept(tmp_path):
+    headline.main(["--out", str(tmp_path / "headline.png")])
+    assert (tmp_path / "headline.png").stat().st_size > 10_000
 
 
 # ---- time_to_score --------------------------------------------------------------------------------------

@@ -150,6 +150,13 @@ def test_a_mistake_is_one_line(words, said, tmp_path, capsys):
     assert not (tmp_path / "x" / "config.yaml").exists(), "a run that never began claims the directory"
 
 
+def test_a_file_is_no_run(tmp_path, capsys):
+    file = tmp_path / "agent.safetensors"
+    file.write_bytes(b"x")
+    assert "is a file, and a run is written to a folder" in complaint(capsys, run(file, *TINY, "resume=true"))
+    assert file.read_bytes() == b"x"
+
+
 def test_memory_that_ends_while_training(tmp_path, capsys, monkeypatch):
     """As that for a batch or a plan may: one line, and what the run had is kept."""
     too_much = 2**47  # bytes, more than an address space holds

@@ -198,6 +198,8 @@ def test_what_is_of_discrete_actions_alone_does_not_make_another_run_of_a_task_w
         found = [line.split("=")[0] for line in changed_settings(parse_config(tree), new)]
         assert found == [f"agent.{name}" for name in changed]
     assert changed_settings(load_config(["agent.value_loss=huber"]), load_config([]))
+    other = changed_settings(load_config(["task=gym/CartPole-v1"]), load_config([]))
+    assert [line.split("=")[0] for line in other] == ["task.suite", "task.id"]  # and nothing that nobody changed
 
 
 def test_a_dict_from_before_is_read_as_a_file_from_before_is() -> None:

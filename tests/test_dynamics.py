@@ -4,6 +4,7 @@ import copy
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from loopwm.dynamics import (
     DepthSchedule,
     Dynamics,
     FixedHalting,
+    HaltingRule,
     LoopedDynamics,
     SinglePassDynamics,
     StackedDynamics,
@@ -808,8 +810,50 @@ def test_every_control_takes_every_word_of_the_loop_and_no_other(name):
     assert out.z_next.shape == (3, Z) and not torch.equal(out.h, dynamics(z, action, 2).h)
     with pytest.raises(ValueError, match="h0 must have the state's shape"):
         dynamics(z, action, h0=torch.ones(3, dynamics.state_dim + 1, dtype=DOUBLE))
-    with pytest.raises(TypeError, match="blok"):
+    with pytest.raises(TypeError, match="unknown argument 'blok': did you mean block"):
         DYNAMICS[name](Z, A, D, blok="mlp")
     for change in ({"block": "mpl"}, {"order": "abba"}, {"block_layers": 0}, {"coda_layers": 0}, {"prelude_layers": 0}):
         with pytest.raises(ValueError, match=str(next(iter(change.values())))):
             DYNAMICS[name](Z, A, D, **change)
+
+
+# ---- what a person can get wrong, in words ----------------------------------------------------------
+
+
+def test_a_depth_is_any_whole_number():
+    dynamics, (z, action) = looped(), inputs(2)
+    assert torch.equal(dynamics(z, action, np.int64(3)).h, dynamics(z, action, 3).h)
+    for wrong in (True, 2.0, "3"):
+        with pytest.raises(ValueError, match="depth must be an int"):
+            dynamics(z, action, wrong)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        dynamics(z, action, np.int64(0))
+
+
+def test_shapes_that_do_not_fit_are_named():
+    dynamics, (z, action) = looped(), inputs(2)
+    for wrong in ((z[0], action[0]), (z[None], action[None])):
+        with pytest.raises(ValueError, match=re.escape(f"z (B, {Z}) and action (B, {A}), got")):
+            dynamics(*wrong, 4)
+    with pytest.raises(ValueError, match="tensor, got 3"):
+        dynamics(z, action, 4).at(3)
+
+
+@pytest.mark.parametrize("answer", [True, 1.0, torch.ones(2, 1, dtype=torch.bool), torch.ones(2), torch.tensor(True)])
+def test_a_rule_that_answers_wrongly_is_told_so(answer):
+    class Rule(HaltingRule):
+        def forward(self, h, previous):
+            return answer
+
+    with pytest.raises(TypeError, match=r"a halting rule answers with a \(2,\) tensor of bool, got"):
+        looped(halting=Rule())(*inputs(2))
+
+
+@pytest.mark.parametrize("mode", ["certified", "lipsdp"])
+def test_the_transforms_of_torch_work_on_frozen_weights(mode):
+    dynamics, (z, action) = looped(mode=mode), inputs(4)
+    with dynamics.frozen():
+        found = torch.func.vmap(torch.func.jacrev(lambda z, a: dynamics(z[None], a[None], 3).z_next[0]))(z, action)
+    for i in range(4):
+        wanted = jacobian(lambda x, i=i: dynamics(x[None], action[i : i + 1], 3).z_next[0], z[i])
+        torch.testing.assert_close(found[i], wanted)

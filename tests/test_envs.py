@@ -464,7 +464,7 @@ WRONG = {
     "dmc/cartpole-swingup?x=1": "dmc/cartpole-swingup'",
     "gym/:CartPole-v1": "is written gym/<module>:<id>",
     "gym/.x:y": "is written gym/<module>:<id>",
-    "gym/no_such_module:Foo-v0": "needs a package: No module named 'no_such_module'",
+    "gym/no_such_module:Foo-v0": "can be imported. (is its folder on PYTHONPATH?)",
     "dmc/lqr-lqr_2_1": "unbounded actions",
     "gym/loopwm/Sandpil-v0": "did you mean 'gym/loopwm/Sandpile-v0'?",
     "gym/Sandpile-v0": "did you mean 'gym/loopwm/Sandpile-v0'",
@@ -492,6 +492,7 @@ def test_wrong_tasks_get_one_helpful_line(task):
         ({"action_space": MultiDiscrete([2, 2])}, "MultiDiscrete action"),
         ({"observation_space": Dict({"a": Text(3)})}, "Text observation"),
         ({"observation_space": Box(0, 255, (64, 64, 3), np.uint8)}, "has an image of shape"),
+        ({"observation_space": Box(0, 255, (4, 16, 16, 3), np.uint8)}, "has an image of shape"),
     ],
 )
 def test_unsupported_spaces_are_named(spaces, message):

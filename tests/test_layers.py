@@ -1,6 +1,7 @@
 """Several layers in the block, token latents, and the soft mode with its penalty."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -254,6 +255,15 @@ def test_tokens_have_no_certificate(name):
         assert made("transformer", name=name, mode=mode).lipschitz_bound() == math.inf
     dynamics, h = made("transformer"), torch.ones(1, 6, D, dtype=DOUBLE)
     assert torch.isinf(dynamics.distance_to_fixed_point(h, h)).all()
+
+
+@pytest.mark.parametrize(
+    ("z", "action"), [((2, Z), (2, A)), ((2, 6, Z), (2, 5, A)), ((2, 6, Z), (3, A)), ((2, 6, Z + 1), (2, A))]
+)
+def test_tokens_of_other_shapes_are_named(z, action):
+    wanted = re.escape(f"take z (B, G, {Z}) and action (B, G, {A}) or (B, {A}), got {z} and {action}")
+    with pytest.raises(ValueError, match=wanted):
+        made("transformer")(torch.zeros(z, dtype=DOUBLE), torch.zeros(action, dtype=DOUBLE), 2)
 
 
 @pytest.mark.parametrize("block", BLOCKS)

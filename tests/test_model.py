@@ -39,6 +39,13 @@ def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return obs, torch.rand(H, B, A, generator=stream, dtype=torch.float64) * 2 - 1
 
 
+def test_a_world_model_of_tokens_is_refused():
+    for name in ("looped", "stacked"):
+        tokens = DYNAMICS[name](Z, A, D, 3, 6, block="transformer", mode="linear")
+        with pytest.raises(ValueError, match="read off vectors and grids, not off tokens"):
+            WorldModel(MLPEncoder(OBS, Z, 16), tokens, 16)
+
+
 # ---- scalars as distributions --------------------------------------------------------------------
 
 

@@ -330,7 +330,7 @@ def test_smallest_capacity_always_holds_a_transition():
 
 
 def test_capacity_beyond_the_memory():
-    with pytest.raises(ConfigError, match="more than the memory holds"):
+    with pytest.raises(ConfigError, match=r"\d GiB of obs alone, more than the memory holds"):
         Replay(10**17, 1, 24, 6)
 
 

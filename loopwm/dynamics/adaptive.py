@@ -37,7 +37,7 @@ def loop_adaptive(loop: Callable, h: Tensor, rule: HaltingRun, solver: SolverRun
     index: Tensor | None = None  # rows of the batch still running; None: all
     for t in range(1, high + 1):
         previous, h = h, loop(h)
-        halted = rule(h, previous) if t >= low or rule.sees_every_loop else None
+        halted = _checked(rule(h, previous), len(h)) if t >= low or rule.sees_every_loop else None
         if t == high:
             halted = torch.ones(h.shape[0], dtype=torch.bool, device=h.device)
         if t < low or not halted.any():
@@ -57,3 +57,11 @@ def loop_adaptive(loop: Callable, h: Tensor, rule: HaltingRun, solver: SolverRun
         rule.keep(stay)
         solver.keep(stay)
     return LoopResult(final, lambda: last, lambda: loops)
+
+
+def _checked(halted: Tensor, samples: int) -> Tensor:
+    """What a rule answered for so many samples. Raises TypeError unless it is a (n,) tensor of bool."""
+    if not isinstance(halted, Tensor) or halted.dtype is not torch.bool or halted.shape != (samples,):
+        got = f"{tuple(halted.shape)} of {halted.dtype}" if isinstance(halted, Tensor) else repr(halted)
+        raise TypeError(f"a halting rule answers with a ({samples},) tensor of bool, got {got}")
+    return halted

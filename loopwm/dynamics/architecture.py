@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any
 
 from torch import nn
 
@@ -70,6 +72,16 @@ class Architecture:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.side and not issubclass(self.kind.prelude, GridPrelude):
             raise ValueError(f"block {self.block!r} is not for grids, so it takes no side")
+
+    @classmethod
+    def of(cls, *sizes: int, **words: Any) -> Architecture:
+        """The architecture of these sizes and words. Raises TypeError: a word that it does not know."""
+        known = [item.name for item in fields(cls)]
+        for word in words:
+            if word not in known:
+                near = get_close_matches(word, known, 1)
+                raise TypeError(f"unknown argument {word!r}" + (f": did you mean {near[0]}?" if near else ""))
+        return cls(*sizes, **words)
 
     @property
     def kind(self) -> type[Cell]:

@@ -76,6 +76,8 @@ class DynamicsOutput:
         Raises:
             ValueError: where the earlier states were not kept, or unless 1 <= loops <= the loops of each sample.
         """
+        if not isinstance(loops, Tensor):
+            raise ValueError(f"loops must be a (B,) integer tensor, got {loops!r}")
         if self._at is None:
             raise ValueError("earlier loops are kept only for an asked-for depth with unrolled gradients switched on")
         if loops.shape != self.loops.shape or bool(((loops < 1) | (loops > self.loops)).any()):
@@ -172,6 +174,8 @@ class Dynamics(Protocol):
 class Prelude(nn.Module):
     """e = LayerNorm(P [z; a]), once per prediction, with ``layers - 1`` hidden layers before it."""
 
+    axes = 2  # of z
+
     def __init__(self, latent_dim: int, action_dim: int, hidden_dim: int, layers: int = 1):
         super().__init__()
         self.latent_dim, self.action_dim = latent_dim, action_dim
@@ -184,7 +188,8 @@ class Prelude(nn.Module):
 
     def forward(self, z: Tensor, action: Tensor) -> Tensor:
         """z (B, Z), action (B, A) -> e (B, D). Raises ValueError: other widths, or not as many of both."""
-        if (*z.shape[:-1], self.latent_dim, self.action_dim) != (*action.shape[:-1], z.shape[-1], action.shape[-1]):
+        fits = (*z.shape[:-1], self.latent_dim, self.action_dim) == (*action.shape[:-1], z.shape[-1], action.shape[-1])
+        if not fits or z.ndim != self.axes:
             wanted = f"z (B, {self.latent_dim}) and action (B, {self.action_dim})"
             raise ValueError(f"the dynamics take {wanted}, got {tuple(z.shape)} and {tuple(action.shape)}")
         return self.layers(torch.cat([z, action], -1))

@@ -60,7 +60,7 @@ class StackedDynamics(nn.Module):
         super().__init__()
         words = {name: value for name, value in options.items() if name not in LOOP_WORDS}
         loops = whole(mean_loops, "mean_loops")
-        parts, widths = self.plan(Architecture(latent_dim, action_dim, hidden_dim, **words), loops)
+        parts, widths = self.plan(Architecture.of(latent_dim, action_dim, hidden_dim, **words), loops)
         self.state_dim = parts.hidden_dim
         self.prelude, self.start = parts.make_prelude(), parts.make_start()
         self.cells = nn.ModuleList(parts.make_cell(width) for width in widths)

@@ -26,6 +26,8 @@ def channels_first(x: Tensor) -> Tensor:
 class GridPrelude(Prelude):
     """The prelude cell by cell: z (B, Z, S, S) and action (B, A, S, S), or (B, A) for every cell, -> e (B, D, S, S)."""
 
+    axes = 4
+
     def forward(self, z: Tensor, action: Tensor) -> Tensor:
         if action.ndim == 2:
             action = action[:, :, None, None]

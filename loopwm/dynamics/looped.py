@@ -43,13 +43,15 @@ class LoopedDynamics(nn.Module):
     through normalised weights, several depths at once, block ``rank`` or implicit gradients raise RuntimeError. Under
     autocast weights are folded, and bounds computed, in full precision; loops then multiply by these rounded to 16
     bits, which may stretch a little further (1.7 % was built for one matrix of width 64): the bound is not of autocast.
+    Transforms of ``torch.func`` work inside ``with dynamics.frozen():``. Save its ``state_dict()``: a parametrised
+    module cannot be pickled.
 
     Args:
         latent_dim: Z. action_dim: A. hidden_dim: D, width of h.
         mean_loops: mean of the training depths. max_loops: cap of the sampled and of the adaptive depth.
         min_loops: floor of both. depth_sampler: a name in ``DEPTH_SAMPLERS``.
-        halting: rule of the adaptive depth, a name in ``HALTING`` or a rule. halt_tolerance: the one number of a rule
-        given by name. patience: loops in a row for which the rule must hold.
+        halting: rule of the adaptive depth, a name in ``HALTING``, a class of rules or a rule. halt_tolerance: the one
+        number of a rule given by name or class. patience: loops in a row for which the rule must hold.
         solver: a name in ``SOLVERS``, for adaptive depth and for implicit gradients; an asked-for depth is always that
         many plain loops. gradient: a name in ``GRADIENTS``.
         architecture: the fields of ``Architecture`` by name, ``block="conv"`` for grids, say.
@@ -71,7 +73,7 @@ class LoopedDynamics(nn.Module):
         min_loops: int = 1,
         depth_sampler: str = "poisson",
         halt_tolerance: float = 0.01,
-        halting: str | HaltingRule = "residual",
+        halting: str | type[HaltingRule] | HaltingRule = "residual",
         patience: int = 1,
         solver: str = "plain",
         gradient: str = "unrolled",
@@ -88,7 +90,7 @@ class LoopedDynamics(nn.Module):
         check_sampler(depth_sampler)
         self.state_dim, self.min_loops, self.mean_loops, self.max_loops = hidden_dim, min_loops, mean_loops, max_loops
         self.depth_sampler = depth_sampler
-        parts = Architecture(latent_dim, action_dim, hidden_dim, **architecture)
+        parts = Architecture.of(latent_dim, action_dim, hidden_dim, **architecture)
         self.prelude, self.start = parts.make_prelude(), parts.make_start()
         self.cell, self.coda = parts.make_block(), parts.make_coda()
         self._bound: tuple[list[Tensor], list[float], float] | None = None  # weights and gammas, and their bound
@@ -149,7 +151,9 @@ class LoopedDynamics(nn.Module):
         if isinstance(depth, int) and not isinstance(depth, bool):
             return self._loop_exact(loop, h, depth)
         if not isinstance(depth, (torch.Tensor, DepthSchedule)):
-            raise ValueError(f"depth must be an int, a (B,) integer tensor, a DepthSchedule or None, got {depth!r}")
+            if isinstance(depth, bool) or not hasattr(depth, "__index__"):  # numpy's integers have it
+                raise ValueError(f"depth must be an int, a (B,) integer tensor, a DepthSchedule or None, got {depth!r}")
+            return self._loop_exact(loop, h, int(depth))
         schedule = depth if isinstance(depth, DepthSchedule) else DepthSchedule(depth)
         if len(schedule) != h.shape[0]:
             raise ValueError(f"depth has {len(schedule)} entries for a batch of {h.shape[0]}")

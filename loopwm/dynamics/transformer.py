@@ -15,9 +15,18 @@ HEADS = 4
 
 
 class TokenPrelude(Prelude):
-    """The prelude token by token: z (B, G, Z) and action (B, G, A), or (B, A) for every token, -> e (B, G, D)."""
+    """The prelude token by token: z (B, G, Z) and action (B, G, A), or (B, A) for every token, -> e (B, G, D).
+
+    Raises ValueError: other shapes.
+    """
+
+    axes = 3
 
     def forward(self, z: Tensor, action: Tensor) -> Tensor:
+        fits = z.ndim == 3 and action.ndim in (2, 3) and (len(action), action.shape[-1]) == (len(z), self.action_dim)
+        if not fits or z.shape[-1] != self.latent_dim or (action.ndim == 3 and action.shape[1] != z.shape[1]):
+            wanted = f"z (B, G, {self.latent_dim}) and action (B, G, {self.action_dim}) or (B, {self.action_dim})"
+            raise ValueError(f"the dynamics take {wanted}, got {tuple(z.shape)} and {tuple(action.shape)}")
         if action.ndim == 2:
             action = action.unsqueeze(1)
         return super().forward(z, action.expand(-1, z.shape[1], -1))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loopwm.dynamics.base import Depth, DynamicsOutput
+from loopwm.dynamics.cell import Cell
 from loopwm.dynamics.halting.steps import PredictionHalting
 from loopwm.model.heads import ContinuationHead, RewardHead
 
@@ -55,6 +56,9 @@ class WorldModel(nn.Module):
         encoder: obs (..., O) -> z (..., Z). dynamics: see ``loopwm.dynamics``. head_dim: hidden width of the heads.
         decoder: z (..., Z) -> obs (..., O), of ``DECODERS`` or a ``LinearDecoder``; None: nothing is decoded.
         activation: of the heads, a name in ``ACTIVATIONS``. grid: the loop states are grids (B, D, S, S).
+
+    Raises:
+        ValueError: dynamics of tokens (block ``transformer``), whose states the heads cannot read.
     """
 
     def __init__(
@@ -67,6 +71,8 @@ class WorldModel(nn.Module):
         grid: bool = False,
     ):
         super().__init__()
+        if any(cell.places == (1,) for cell in dynamics.modules() if isinstance(cell, Cell)):
+            raise ValueError("reward and continuation are read off vectors and grids, not off tokens")
         self.encoder, self.dynamics = encoder, dynamics
         self.reward = RewardHead(dynamics.state_dim, head_dim, activation=activation, grid=grid)
         self.continuation = ContinuationHead(dynamics.state_dim, head_dim // 2, activation, grid)

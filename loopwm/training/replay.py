@@ -16,6 +16,7 @@ in row 4.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,7 +91,9 @@ class Replay:
             try:
                 return np.zeros(shape, dtype)
             except (MemoryError, ValueError):  # ValueError: beyond what an address can say
-                raise ConfigError(f"replay.capacity={self.rows * self.num_envs}: more than the memory holds") from None
+                size = f"{math.prod(shape) * np.dtype(dtype).itemsize / 2**30:.1f} GiB of {name} alone"
+                capacity = self.rows * self.num_envs
+                raise ConfigError(f"replay.capacity={capacity}: {size}, more than the memory holds") from None
         return np.lib.format.open_memmap(self._path / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
 
     def __len__(self) -> int:

@@ -39,6 +39,8 @@ def open_run(cfg: Config) -> tuple[Path, IO[str]]:
         ConfigError: ``resume`` is true and the saved run was another one.
     """
     run_dir = Path(cfg.run_dir) if cfg.run_dir else cfg.resume and _newest_run(cfg) or _new_run(cfg)
+    if run_dir.is_file():
+        raise CheckpointError(f"run_dir={run_dir}: is a file, and a run is written to a folder")
     lock = lock_run(run_dir)
     saved = run_dir / "config.yaml"
     if saved.exists():
@@ -101,7 +103,8 @@ def _newest_run(cfg: Config) -> Path | None:
 
 def changed_settings(old: Config, new: Config) -> list[str]:
     """What differs of the settings that make a run what it is, as "key=old (now new)"."""
-    before, after = _as_it_learns(old), _as_it_learns(new)
+    both = old.task.suite == new.task.suite == "dmc"
+    before, after = (_as_it_learns(cfg) if both else flatten(cfg) for cfg in (old, new))
     return [
         f"{key}={before.get(key)} (now {value})"
         for key, value in after.items()
@@ -110,12 +113,10 @@ def changed_settings(old: Config, new: Config) -> list[str]:
 
 
 def _as_it_learns(cfg: Config) -> dict[str, Any]:
-    """``flatten``, without what is of discrete actions alone where there are none: no task of DeepMind Control has."""
+    """``flatten`` on DeepMind Control, which has no discrete actions: without what is of those alone."""
     flat = flatten(cfg)
-    if cfg.task.suite == "dmc":
-        del flat["agent.smooth_share"]
-        flat["agent.value_loss"] = cfg.agent.loss_of_values(discrete=False)
-    return flat
+    del flat["agent.smooth_share"]
+    return flat | {"agent.value_loss": cfg.agent.loss_of_values(discrete=False)}
 
 
 def read_run(run_dir: Path, frames: int | None = None) -> tuple[Config, int]:

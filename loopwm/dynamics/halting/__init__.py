@@ -33,14 +33,21 @@ HALTING: dict[str, type[HaltingRule]] = {
 }
 
 
-def make_halting(halting: str | HaltingRule, dynamics: LoopedDynamics, tolerance: float, patience: int) -> HaltingRule:
-    """The rule of that name for these dynamics, or the given one; made patient where ``patience`` is not 1.
+def make_halting(
+    halting: str | type[HaltingRule] | HaltingRule, dynamics: LoopedDynamics, tolerance: float, patience: int
+) -> HaltingRule:
+    """The rule of that name or class for these dynamics, or the given one; made patient where ``patience`` is not 1.
 
     Raises:
         ValueError: unknown name; a tolerance or patience that the rule refuses.
+        TypeError: neither a name nor a rule.
     """
     if isinstance(halting, str):
         if halting not in HALTING:
             raise ValueError(f"unknown halting {halting!r}; choose from {', '.join(HALTING)}")
-        halting = HALTING[halting].for_dynamics(dynamics, tolerance)
+        halting = HALTING[halting]
+    if isinstance(halting, type) and issubclass(halting, HaltingRule):
+        halting = halting.for_dynamics(dynamics, tolerance)
+    if not isinstance(halting, HaltingRule):
+        raise TypeError(f"halting must be a name, a HaltingRule or a class of them, got {halting!r}")
     return halting if patience == 1 else PatientHalting(halting, patience)

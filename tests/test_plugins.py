@@ -1,0 +1,151 @@
+"""Parts of one's own: MODULE:CLASS in a config, from training to evaluation, and every mistake in one line."""
+
+import json
+
+import pytest
+import torch
+from training_tools import CARTPOLE, SWINGUP, forbid_filming, run, untimed
+
+import evaluate
+from agents import load_agent
+from agents.export import main as export
+from loopwm.build import make_world_model
+from loopwm.config import ConfigError, load_config
+from loopwm.dynamics import CertifiedHalting, LoopedDynamics
+
+OWN = """
+from contextlib import nullcontext
+
+import torch
+from loopwm.dynamics import DynamicsOutput, HaltingRule, LoopedDynamics
+
+
+class GRU(torch.nn.Module):
+    def __init__(self, latent_dim, action_dim, hidden_dim, latent_norm=None):
+        super().__init__()
+        self.state_dim, self.mean_loops, self.max_loops = hidden_dim, 1, 1
+        self.start, self.end = torch.nn.Linear(latent_dim, hidden_dim), torch.nn.Linear(hidden_dim, latent_dim)
+        self.cell, self.norm = torch.nn.GRUCell(action_dim, hidden_dim), latent_norm
+
+    def forward(self, z, action, depth=None, h0=None):
+        before = self.start(z) if h0 is None else h0
+        h = self.cell(action, before)
+        once = torch.ones(len(z), dtype=torch.int64, device=z.device)
+        return DynamicsOutput(self.norm(z + self.end(h)), h, lambda: once, lambda: (h - before).norm(dim=-1).detach())
+
+    def coda(self, z, h):
+        return self.norm(z + self.end(h))
+
+    def sample_depth(self, batch, generator=None):
+        return 1
+
+    def frozen(self):
+        return nullcontext()
+
+    def lipschitz_bound(self):
+        return float("inf")
+
+    def measured_contraction(self, z, action, loops=None):
+        return float("nan")
+
+
+class Twice(LoopedDynamics):
+    pass
+
+
+class AtTolerance(HaltingRule):
+    sees_every_loop = True
+
+    def __init__(self, tolerance):
+        super().__init__()
+        self.tolerance = tolerance
+
+    def begin(self, dynamics, h, z):
+        self.loops = 0
+        return self
+
+    def __call__(self, h, previous):
+        self.loops += 1
+        return torch.full((len(h),), self.loops >= self.tolerance)
+
+
+class NoInterface(torch.nn.Module):
+    def __init__(self, *sizes, **words):
+        super().__init__()
+        self.state_dim = sizes[2]
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own_parts.py").write_text(OWN, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    forbid_filming(monkeypatch)
+
+
+def test_dynamics_of_ones_own_train_resume_and_act(own, tmp_path, capsys):
+    words = [*SWINGUP, "dynamics.name=own_parts:GRU", "eval_every=2000", "checkpoint_every=1000"]
+    assert run(tmp_path / "whole", *words, "frames=3000") == 0
+    assert run(tmp_path / "parts", *words, "frames=1000") == run(
+        tmp_path / "parts", *words, "frames=3000", "resume=true"
+    )
+    last = [{k: v for k, v in untimed(tmp_path / name)[-1].items() if k != "frames"} for name in ("whole", "parts")]
+    assert last[0] == last[1] and "eval/return" in last[0]
+    agent, cfg, _ = load_agent(tmp_path / "whole")
+    assert type(agent.slow_model.dynamics).__name__ == "GRU" and cfg.dynamics.name == "own_parts:GRU"
+    export([str(tmp_path / "whole"), str(tmp_path / "gru.safetensors")])
+    capsys.readouterr()
+    assert evaluate.main([str(tmp_path / "gru.safetensors"), "--episodes", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["task"] == "dmc/cartpole-swingup"
+
+
+def test_a_loop_of_ones_own_is_asked_for_its_depth(own, tmp_path, capsys):
+    words = [*CARTPOLE, "dynamics.name=own_parts:Twice", "dynamics.halting=certified", "agent.plan_samples=8"]
+    assert run(tmp_path / "x", *words, "frames=60", "eval_every=1000") == 0
+    assert isinstance(load_agent(tmp_path / "x")[0].slow_model.dynamics.halting, CertifiedHalting)
+    capsys.readouterr()
+    assert evaluate.main([str(tmp_path / "x"), "--episodes", "1", "--loops", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loops"] == 3
+
+
+def test_a_halting_rule_of_ones_own_takes_the_tolerance(own):
+    words = ["task=dmc/walker-walk", "size=small", "dynamics.halting=own_parts:AtTolerance"]
+    model = make_world_model(load_config([*words, "dynamics.halt_tolerance=5"]), 24, 6)
+    assert model.dynamics(torch.randn(3, 64), torch.zeros(3, 6)).loops.tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("dynamics.name=own_parts:", "did you mean"),
+        ("dynamics.name=not_there:GRU", "No module named 'not_there' (is its folder on PYTHONPATH?)"),
+        ("dynamics.name=own_parts:LSTM", "own_parts has no LSTM"),
+        ("dynamics.name=own_parts:number", "is no subclass of torch.nn.modules.module.Module"),
+        ("dynamics.name=os:system", "is no subclass of"),
+        ("dynamics.name=own_parts:NoInterface", "lacks mean_loops (see loopwm.dynamics.Dynamics)"),
+        ("dynamics.halting=own_parts:GRU", "is no subclass of loopwm.dynamics.halting.rule.HaltingRule"),
+        ("dynamics.mode=own_parts:GRU", "did you mean"),  # no registry of classes
+    ],
+)
+def test_parts_that_cannot_be_had_end_in_one_line(own, tmp_path, capsys, word, said):
+    assert run(tmp_path / "x", *CARTPOLE, word, "frames=100") == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_a_saved_run_names_the_module_that_is_missing(own, tmp_path, monkeypatch):
+    assert run(tmp_path / "x", *CARTPOLE, "dynamics.name=own_parts:GRU", "frames=60", "eval_every=1000") == 0
+    monkeypatch.setattr("sys.path", [entry for entry in __import__("sys").path if entry != str(tmp_path)])
+    monkeypatch.delitem(__import__("sys").modules, "own_parts")
+    with pytest.raises(ConfigError, match="No module named 'own_parts'"):
+        load_agent(tmp_path / "x")
+
+
+def test_rules_are_names_classes_or_rules():
+    assert isinstance(LoopedDynamics(8, 2, 8, halting=CertifiedHalting).halting, CertifiedHalting)
+    for wrong in (int, lambda h, previous: None, 3):
+        with pytest.raises(TypeError, match="halting must be a name, a HaltingRule or a class"):
+            LoopedDynamics(8, 2, 8, halting=wrong)
