@@ -11,7 +11,7 @@ from pathlib import Path
 
 from agents import load_agent, use_threads
 from envs import LONGEST_EVALUATION, RenderingUnavailable, TaskError, make_vector_env, space_dims
-from loopwm.config import CONTROLS, ConfigError
+from loopwm.config import ConfigError
 from loopwm.training.checkpoint import CheckpointError
 from loopwm.training.interrupt import INTERRUPTED
 from loopwm.training.rollout import rollout
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
     try:
         budget = {"plan_loops": args.loops, "plan_samples": args.samples}
         agent, cfg, frames = load_agent(args.run_dir, **budget, device=args.device, frames=args.frames)
-        if args.loops is not None and cfg.dynamics.name in CONTROLS:
+        if args.loops is not None and not agent.looped:
             raise ConfigError(f"--loops: dynamics={cfg.dynamics.name} has no loop whose depth could be chosen")
         planning = min(cfg.agent.plan_samples, cfg.agent.eval_samples) > 0
         if args.loops is not None and not planning:
@@ -59,11 +59,10 @@ def main(arguments: list[str]) -> int:
         if space_dims(venv) != (agent.obs_dim, agent.action_dim, agent.discrete):
             raise TaskError(f"task '{cfg.task.id}' has other observations or actions than this agent was trained on")
         result = rollout(agent, venv, args.episodes, seed=args.seed)
-        looping = cfg.dynamics.name not in CONTROLS and planning
         summary = {"run_dir": str(args.run_dir), "task": cfg.task.id, "frames": frames, "eval_episodes": args.episodes}
         summary |= {"eval_return_mean": float(result.returns.mean()), "eval_return_std": float(result.returns.std())}
         summary |= {"eval_returns": result.returns.tolist(), "eval_length_mean": float(result.lengths.mean())}
-        summary["loops"] = cfg.agent.plan_loops or "adaptive" if looping else None
+        summary["loops"] = cfg.agent.plan_loops or "adaptive" if agent.looped and planning else None
         line = f"{summary['task']}  return {summary['eval_return_mean']:.2f} +- {summary['eval_return_std']:.2f}"
         print(json.dumps(summary) if args.json else f"{line}  ({args.episodes} episodes, {frames:,} frames trained)")
         if args.video:

@@ -15,6 +15,7 @@ from agents.exploration import CorrelatedNoise
 from agents.mppi import PlanBudget, all_sequences, draw, exhaustive, mppi, score_all
 from agents.novelty import Novelty
 from loopwm.config import PlannerConfig
+from loopwm.dynamics import LoopedDynamics
 from loopwm.model.world_model import WorldModel
 
 
@@ -85,6 +86,11 @@ class ActingAgent:
         return torch.stack([reward, self.config.discount * continuation * value], -1)
 
     @property
+    def looped(self) -> bool:
+        """Whether its model's depth can be chosen."""
+        return isinstance(self.slow_model.dynamics, LoopedDynamics)
+
+    @property
     def budget(self) -> PlanBudget:
         """What a plan may cost now; its spread shrinks as the agent explores, to ``plan_std_final``."""
         c = self.config
@@ -116,7 +122,8 @@ class ActingAgent:
             self.acted += envs
             if self.acted <= self.config.seed_steps:
                 return self._to_env(self._explore(torch.zeros(envs, self.action_dim, device=self.device), first, 1.0))
-        z = self.encode(torch.as_tensor(obs, dtype=torch.float32, device=self.device))  # (N, Z)
+        dtype = next(self.policy.parameters()).dtype
+        z = self.encode(torch.as_tensor(obs, dtype=dtype, device=self.device))  # (N, Z)
         if self.config.plan_samples > 0 and (self.config.plan_collect or not explore):
             action = self.plan(z, explore)
         else:

@@ -1,7 +1,8 @@
-"""An agent to act with as one small file that runs no code: ``python -m agents.export RUN_DIR FILE.safetensors``.
+"""An agent to act with as one small file that holds no code: ``python -m agents.export RUN_DIR FILE.safetensors``.
 
 The file holds what acting needs (the slow world model, policy and values) and, as its metadata, the config. It is read
-by ``load_agent`` and ``evaluate.py`` wherever a run directory is; training cannot go on from it.
+by ``load_agent`` and ``evaluate.py`` wherever a run directory is; training cannot go on from it. Where its config names
+dynamics as MODULE:CLASS, that module is imported from the machine that loads it.
 """
 
 from __future__ import annotations

@@ -99,8 +99,12 @@ def shares_right(folder: Path, line: Line) -> tuple[list[str], np.ndarray]:
 
 
 def draw_depth(axes: plt.Axes, title: str, folder: Path, lines: list[Line]) -> None:
+    """Raises ValueError where lines have other groups of difficulty than the first: they would not be comparable."""
+    groups = shares_right(folder, lines[0])[0]
     for line in lines:
         names, right = shares_right(folder, line)
+        if [name.partition("-")[0] for name in names] != [name.partition("-")[0] for name in groups]:
+            raise ValueError(f"{line.file}: {line.model!r} has the groups {names}, not {groups}")
         label = f"{line.label} ({len(right)} seeds)"
         axes.plot(range(len(names)), right.mean(0), line.style, marker="o", ms=4, color=line.color, label=label)
         axes.fill_between(range(len(names)), right.min(0), right.max(0), color=line.color, alpha=0.15, linewidth=0)

@@ -50,7 +50,9 @@ def _make(name: str, told: dict[str, Any], task: str, render: bool) -> gymnasium
             check_backend(task)
         if isinstance(error, (AttributeError, RuntimeError)):
             raise
-        where = " (is its folder on PYTHONPATH?)" if isinstance(error, ModuleNotFoundError) and ":" in name else ""
+        module, colon, _ = name.partition(":")
+        missing = colon and f"'{module.partition('.')[0]}'" in str(error) and isinstance(error, ModuleNotFoundError)
+        where = " (is its folder on PYTHONPATH?)" if missing else ""
         raise TaskError(f"task '{task}' needs a package: {first_line(error)}{where}") from error
     except gymnasium.error.UnregisteredEnv as error:
         near = suggestion(f"gym/{name}", (f"gym/{other}" for other in gymnasium.registry))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from torch import nn
 
 from loopwm.config import Config, ConfigError
-from loopwm.dynamics import DYNAMICS, HALTING, Dynamics, HaltingRule
+from loopwm.dynamics import DYNAMICS, HaltingRule, LoopedDynamics
 from loopwm.model import ENCODERS, WorldModel
 from loopwm.model.decoders import LinearDecoder
-from loopwm.plugins import accepted, part
-
-INTERFACE = (*Dynamics.__annotations__, *(name for name in vars(Dynamics) if not name.startswith("_")))
+from loopwm.plugins import accepted, check_dynamics, in_words, is_own, own_class
 
 
 def make_world_model(cfg: Config, obs_dim: int, action_dim: int) -> WorldModel:
-    """The world model that a config describes. Raises ConfigError: no model has such sizes."""
+    """The world model that a config describes. Raises ConfigError: no model has such sizes, or such parts."""
     e = cfg.encoder
     sizes = (obs_dim, e.latent_dim, e.hidden_dim, e.layers, cfg.agent.activation)
     try:
@@ -22,18 +22,29 @@ def make_world_model(cfg: Config, obs_dim: int, action_dim: int) -> WorldModel:
     except ValueError as error:
         raise ConfigError(f"encoder={e.name}: {error}") from None
     try:
-        dynamics = _make_dynamics(cfg, action_dim, encoder.norm, encoder.side)
+        own = [f"dynamics.{key}={name!r}" for key, name in _parts(cfg) if is_own(name)]
+        with in_words(" ".join(own)) if own else nullcontext():
+            dynamics = _make_dynamics(cfg, action_dim, encoder.norm, encoder.side)
+            if own:
+                check_dynamics(own[0], dynamics, encoder.width, action_dim)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"dynamics={cfg.dynamics.name}: {error}") from None
-    if lacks := [name for name in INTERFACE if not hasattr(dynamics, name)]:  # of one's own
-        raise ConfigError(f"dynamics.name={cfg.dynamics.name!r}: lacks {lacks[0]} (see loopwm.dynamics.Dynamics)")
+    if cfg.agent.early_weight and not isinstance(dynamics, LoopedDynamics):
+        raise ConfigError("agent.early_weight: needs a subclass of loopwm.dynamics.LoopedDynamics")
     decoder = LinearDecoder(encoder.width, obs_dim) if cfg.agent.observation_weight else None
     return WorldModel(encoder, dynamics, cfg.agent.head_dim, decoder, cfg.agent.activation, grid=encoder.side > 0)
 
 
+def _parts(cfg: Config) -> list[tuple[str, str]]:
+    """The settings that may name a part of one's own, and what they name."""
+    return [("name", cfg.dynamics.name), ("halting", cfg.dynamics.halting)]
+
+
 def _make_dynamics(cfg: Config, action_dim: int, latent_norm: nn.Module, side: int) -> nn.Module:
     e, d = cfg.encoder, cfg.dynamics
-    halting = d.halting if d.halting in HALTING else part("dynamics.halting", d.halting, {}, HaltingRule)
+    halting = own_class("dynamics.halting", d.halting, HaltingRule) if is_own(d.halting) else d.halting
     words = {
         "mean_loops": d.mean_loops,
         "max_loops": d.max_loops,
@@ -58,5 +69,11 @@ def _make_dynamics(cfg: Config, action_dim: int, latent_norm: nn.Module, side: i
         "latent_norm": latent_norm,
         "side": side,
     }
-    make = part("dynamics.name", d.name, DYNAMICS, nn.Module)
-    return make(e.latent_dim, action_dim, d.hidden_dim, **accepted(make, words))
+    if not is_own(d.name):
+        return DYNAMICS[d.name](e.latent_dim, action_dim, d.hidden_dim, **words)
+    make = own_class("dynamics.name", d.name, nn.Module)
+    taken, usual = accepted(make, words), type(d)()
+    for name in ("halting", "solver", "gradient"):
+        if name not in taken and getattr(d, name) != getattr(usual, name):
+            raise ConfigError(f"dynamics.{name}={getattr(d, name)}: {d.name} takes no such setting")
+    return make(e.latent_dim, action_dim, d.hidden_dim, **taken)

@@ -54,7 +54,7 @@ class OneOf(NamedTuple):
         """What is wrong with `value`, or None."""
         if value in self.words or (self.open and re.fullmatch(r"\w+(\.\w+)*:\w+", value)):
             return None
-        return not_among(value, self.words)
+        return not_among(value, self.words) + ("; one's own is MODULE:CLASS" if self.open else "")
 
 
 class Matches(NamedTuple):

@@ -45,7 +45,8 @@ def split(overrides: Iterable[str], keys: Iterable[str]) -> tuple[dict[str, str]
         elif key in groups():
             choices[key] = text
             if text not in groups()[key]:
-                raise ConfigError(f"{key}={text!r}: {not_among(text, groups()[key])}")
+                own = f"; one's own is dynamics.name={text}" if key == "dynamics" and ":" in text else ""
+                raise ConfigError(f"{key}={text!r}: {not_among(text, groups()[key])}{own}")
         elif key.endswith(".name") and text in groups().get(key.removesuffix(".name"), ()):
             named[key.removesuffix(".name")] = text  # which may set more than the name, as for a control its mode
         elif key in keys:

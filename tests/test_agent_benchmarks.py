@@ -676,6 +676,13 @@ def test_the_headline_reads_errors_and_older_shares_right(tmp_path):
     names, right = headline.shares_right(tmp_path, headline.Line("x", "looped", 64, "", "k"))
     assert names == ["1-3", "4-8"] and right.tolist() == [[1.0, 0.25], [0.5, 0.0]]
     assert headline.shares_right(tmp_path, headline.Line("x", "stacked", None, "", "k"))[1].tolist() == [[1.0, 0.875]]
+    other = [row("wide", None, {"error": {"0": 0.0, "1-2": 0.0, "3-8": 0.125}})]
+    (tmp_path / "y.json").write_text(json.dumps({"rows": other}), encoding="utf-8")
+    lines = [headline.Line("x", "looped", 64, "", "k"), headline.Line("y", "wide", None, "", "k")]
+    with pytest.raises(ValueError, match="'wide' has the groups"):
+        headline.draw_depth(
+            SimpleNamespace(plot=lambda *_, **__: None, fill_between=lambda *_, **__: None), "", tmp_path, lines
+        )
 
 
 def test_the_headline_is_drawn_from_the_results_that_are_kept(tmp_path):

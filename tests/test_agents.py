@@ -483,7 +483,7 @@ def test_actions_have_the_shape_range_and_type_of_the_protocol(case, discrete):
 def test_observations_that_cannot_be_acted_on_are_named():
     agent, obs = make(plan_samples=0), observations(1)
     assert (agent.act(obs.astype(np.float64)) == agent.act(obs)).all()
-    for wrong, said in ((obs[0], "shape"), (obs[:, 1:], "shape"), (np.full_like(obs, np.nan), "not finite")):
+    for wrong, said in ((obs[0], "shape"), (obs[:, 1:], "shape"), (np.full_like(obs, np.inf), "not finite")):
         with pytest.raises(ValueError, match=f"act takes finite observations .*{said}"):
             agent.act(wrong)
 

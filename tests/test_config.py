@@ -54,6 +54,7 @@ MISTAKES = [
     (["size=lrge"], "mean large"),
     (["dynamics.name=widee"], "mean wide"),
     (["dynamics=wide", "dynamics.halting=certified"], "dynamics.halting=certified: needs dynamics=looped"),
+    (["dynamics=wide", "dynamics.mode=certified", "dynamics.halting=certified"], "certified: needs dynamics=looped"),
     (["dynamics=stacked", "dynamics.gradient=implicit"], "dynamics.gradient=implicit: needs dynamics=looped"),
     (["dynamics.halting=random"], "valid: residual"),
     (["dynamics.depth_sampler=poison"], "mean poisson"),

@@ -823,7 +823,7 @@ def test_every_control_takes_every_word_of_the_loop_and_no_other(name):
 def test_a_depth_is_any_whole_number():
     dynamics, (z, action) = looped(), inputs(2)
     assert torch.equal(dynamics(z, action, np.int64(3)).h, dynamics(z, action, 3).h)
-    for wrong in (True, 2.0, "3"):
+    for wrong in (True, 2.0, "3", np.array(2.7), np.array(True), np.array([3, 4])):
         with pytest.raises(ValueError, match="depth must be an int"):
             dynamics(z, action, wrong)
     with pytest.raises(ValueError, match="at least 1, got 0"):

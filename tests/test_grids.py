@@ -1,6 +1,7 @@
 """Grid latents: the convolutional block is local, contracts on every grid, and loops like the others."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -45,6 +46,23 @@ def dense(kernel: torch.Tensor, size: int) -> torch.Tensor:
     kernel, inner = kernel.detach().double(), kernel.shape[1]
     basis = torch.eye(inner * size * size, dtype=DOUBLE).view(-1, inner, size, size)
     return conv2d(basis, kernel, padding=1).flatten(1)
+
+
+@pytest.mark.parametrize("block", ["conv", "rank"])
+@pytest.mark.parametrize(
+    ("z", "action"),
+    [
+        ((2, Z), (2, A)),
+        ((2, Z, 4, 4), (3, A)),
+        ((2, Z, 4, 4), (2, A, 4, 5)),
+        ((2, Z, 4, 4, 1), (2, A)),
+        ((2, 9, 4, 4), (2, A)),
+    ],
+)
+def test_grids_of_other_shapes_are_named(block, z, action):
+    wanted = re.escape(f"take z (B, {Z}, S, S) and action (B, {A}, S, S) or (B, {A}), got {z} and {action}")
+    with pytest.raises(ValueError, match=wanted):
+        grid(block=block, block_dim=4 * D)(torch.zeros(z, dtype=DOUBLE), torch.zeros(action, dtype=DOUBLE), 2)
 
 
 # ---- the norm of a convolution -------------------------------------------------------------------

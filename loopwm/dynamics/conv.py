@@ -24,11 +24,18 @@ def channels_first(x: Tensor) -> Tensor:
 
 
 class GridPrelude(Prelude):
-    """The prelude cell by cell: z (B, Z, S, S) and action (B, A, S, S), or (B, A) for every cell, -> e (B, D, S, S)."""
+    """The prelude cell by cell: z (B, Z, S, S) and action (B, A, S, S), or (B, A) for every cell, -> e (B, D, S, S).
+
+    Raises ValueError: other shapes.
+    """
 
     axes = 4
 
     def forward(self, z: Tensor, action: Tensor) -> Tensor:
+        fits = z.ndim == 4 and action.ndim in (2, 4) and action.shape[:2] == (len(z), self.action_dim)
+        if not fits or z.shape[1] != self.latent_dim or (action.ndim == 4 and action.shape[2:] != z.shape[2:]):
+            wanted = f"z (B, {self.latent_dim}, S, S) and action (B, {self.action_dim}, S, S) or (B, {self.action_dim})"
+            raise ValueError(f"the dynamics take {wanted}, got {tuple(z.shape)} and {tuple(action.shape)}")
         if action.ndim == 2:
             action = action[:, :, None, None]
         action = action.expand(-1, -1, *z.shape[2:])

@@ -6,6 +6,7 @@ loops, an unrolled schedule of mixed depths (unroll.py, where training spends it
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -151,9 +152,7 @@ class LoopedDynamics(nn.Module):
         if isinstance(depth, int) and not isinstance(depth, bool):
             return self._loop_exact(loop, h, depth)
         if not isinstance(depth, (torch.Tensor, DepthSchedule)):
-            if isinstance(depth, bool) or not hasattr(depth, "__index__"):  # numpy's integers have it
-                raise ValueError(f"depth must be an int, a (B,) integer tensor, a DepthSchedule or None, got {depth!r}")
-            return self._loop_exact(loop, h, int(depth))
+            return self._loop_exact(loop, h, _whole(depth))
         schedule = depth if isinstance(depth, DepthSchedule) else DepthSchedule(depth)
         if len(schedule) != h.shape[0]:
             raise ValueError(f"depth has {len(schedule)} entries for a batch of {h.shape[0]}")
@@ -288,6 +287,17 @@ class LoopedDynamics(nn.Module):
                         worst = max(worst, float((size[sound] / step[sound]).max()))
                 step, h = size, h_next
         return worst
+
+
+def _whole(depth: Any) -> int:
+    """A depth that is no int: one of numpy's. Raises ValueError: anything else."""
+    try:
+        if isinstance(depth, bool):
+            raise TypeError
+        return operator.index(depth)
+    except TypeError:
+        wanted = "an int, a (B,) integer tensor, a DepthSchedule or None"
+        raise ValueError(f"depth must be {wanted}, got {depth!r}") from None
 
 
 def _joined(results: list[LoopResult]) -> LoopResult:

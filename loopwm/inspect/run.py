@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loopwm.build import make_world_model
-from loopwm.config import Config
+from loopwm.config import Config, ConfigError
 from loopwm.model import WorldModel
 from loopwm.training.checkpoint import CheckpointError, Checkpoints
 from loopwm.training.replay import Replay
@@ -54,7 +54,7 @@ def load_run(run_dir: Path) -> Run:
             raise CheckpointError(f"{misfit} (another number of parameters)")
         torch.nn.utils.vector_to_parameters(flat, model.parameters())
         frames = state["frames"]
-    except CheckpointError:
+    except (CheckpointError, ConfigError):
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{misfit} ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
