@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.harness import at_frames, curve, interval, parser, report, run_commit, train_all, training_run
+from loopwm.config import CONTROLS
 
-CONTROLS = ("single_pass", "stacked", "wide", "deep_thin")
 EIGHT = tuple(
     f"dmc/{name}"
     for name in (
@@ -55,6 +55,8 @@ def main(arguments: list[str]) -> None:
     args = p.parse_args(arguments)
     if args.first_seed < 0:
         p.error(f"--first-seed {args.first_seed}: must be at least 0")
+    if len(args.dynamics) > 1 and any(word.startswith("dynamics.name=") for word in args.set):
+        p.error("--set dynamics.name: takes the place of one --dynamics, not of several")
     args.task = [task for word in args.task for task in (EIGHT if word == "eight" else (word,))]
     seeds = range(args.first_seed, args.first_seed + (2 if args.quick else args.seeds))
     frames = min(args.frames, 20_000) if args.quick else args.frames
@@ -70,12 +72,13 @@ def main(arguments: list[str]) -> None:
     rows, headline = [], {}
     for run_dir, words in jobs.items():
         row = dict(word.split("=", 1) for word in words)
+        row["dynamics"] = row.get("dynamics.name", row["dynamics"])  # of one's own, by --set
         curves = {"curve": curve(run_dir), "frames_per_second": curve(run_dir, "time/frames_per_second")}
         rows.append(row | curves | {"commit": run_commit(run_dir)})
     if args.csv:
         write_csv(args.csv, rows)
     for task in args.task:
-        for dynamics in args.dynamics:
+        for dynamics in dict.fromkeys(row["dynamics"] for row in rows):
             mine = [row for row in rows if row["task"] == task and row["dynamics"] == dynamics]
             headline[f"{task} {dynamics} @{frames}"] = interval([at_frames(row["curve"], frames) for row in mine])
     means = "; ".join(f"{name}: {figure['value']:.0f}" for name, figure in headline.items())

@@ -160,6 +160,24 @@ def test_a_seed_below_zero_is_refused(capsys):
     assert ended.value.code == 2 and "--first-seed -1" in capsys.readouterr().err
 
 
+def test_dynamics_of_ones_own_are_a_row_of_their_own(tmp_path, monkeypatch, capsys):
+    def trained(jobs, workers):
+        for run_dir in jobs:
+            run_dir.mkdir(parents=True)
+            lines = ({"frames": 1000, "eval/return": 7.0}, {"frames": 1000, "time/frames_per_second": 100.0})
+            (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            (run_dir / "summary.json").write_text("{}", encoding="utf-8")
+
+    monkeypatch.setattr(returns, "train_all", trained)
+    words = ["--frames", "1000", "--seeds", "1", "--runs", str(tmp_path), "--csv", str(tmp_path / "x.csv")]
+    returns.main([*words, "--set", "dynamics.name=gru:GRU"])
+    assert "gru:GRU @1000" in capsys.readouterr().out
+    assert (tmp_path / "x.csv").read_text().splitlines()[1].startswith("cartpole-swingup,gru:GRU,0,1000,7.0,100,")
+    with pytest.raises(SystemExit):
+        returns.main([*words, "--dynamics", "looped", "wide", "--set", "dynamics.name=gru:GRU"])
+    assert "takes the place of one --dynamics" in capsys.readouterr().err
+
+
 def test_rliable_agrees_on_a_clear_case():
     pytest.importorskip("rliable")
     runs = {"looped": np.full((3, 4), 0.9), "wide": np.full((3, 4), 0.1)}
