@@ -16,11 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.parameter_efficiency import front
+from benchmarks.parameter_efficiency import draw_ladder
 from benchmarks.plots import plt, save_figure
 
 LOOPED, ONCE, STACK, DEEP, OTHER = "#1b6ca8", "#7fb2d9", "#d1495b", "#8c2f3d", "#999999"
-FLOOR = 1e-4  # where no answer of the test is wrong
 
 
 class Line(NamedTuple):
@@ -100,10 +99,11 @@ def shares_right(folder: Path, line: Line) -> tuple[list[str], np.ndarray]:
 
 def draw_depth(axes: plt.Axes, title: str, folder: Path, lines: list[Line]) -> None:
     """Raises ValueError where lines have other groups of difficulty than the first: they would not be comparable."""
-    groups = shares_right(folder, lines[0])[0]
+    groups: list[str] = []
     for line in lines:
         names, right = shares_right(folder, line)
-        if [name.partition("-")[0] for name in names] != [name.partition("-")[0] for name in groups]:
+        groups = groups or names
+        if names != groups:
             raise ValueError(f"{line.file}: {line.model!r} has the groups {names}, not {groups}")
         label = f"{line.label} ({len(right)} seeds)"
         axes.plot(range(len(names)), right.mean(0), line.style, marker="o", ms=4, color=line.color, label=label)
@@ -117,11 +117,7 @@ def draw_parameters(axes: plt.Axes, title: str, folder: Path, file: str, ladders
     rows = rows_of(folder, file)
     measure = next(iter(rows[0]["error"]))  # one prediction; rollouts follow
     for ladder in ladders:
-        mine = [(r["parameters"], max(r["error"][measure], FLOOR)) for r in rows if r["model"] == ladder.model]
-        sizes = sorted({n for n, _ in mine})
-        means = [(n, float(np.mean([e for size, e in mine if size == n]))) for n in sizes]
-        axes.plot(*zip(*mine, strict=True), ".", color=ladder.color, alpha=0.5)
-        axes.plot(*zip(*front(means), strict=True), ladder.style, color=ladder.color, ms=5, label=ladder.label)
+        draw_ladder(axes, rows, ladder.model, measure, ladder.style, ladder.color, ladder.label)
     axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="share wrong", title=title)
 
 

@@ -103,6 +103,15 @@ def means(rows: list[dict], model: str, measure: str) -> list[tuple[float, float
     return [(n, float(np.mean(errors))) for n, errors in sorted(sizes.items())]
 
 
+def draw_ladder(axes: plt.Axes, rows: list[dict], model: str, measure: str, style: str, color: str, label: str) -> None:
+    """One model: every seed a dot, the mean of each size joined along its front; nothing where all diverged."""
+    mine = [(r["parameters"], max(r["error"][measure], FLOOR)) for r in rows if r["model"] == model]
+    line = front(means(rows, model, measure))
+    if line:
+        axes.plot(*zip(*mine, strict=True), ".", color=color, alpha=0.5)
+        axes.plot(*zip(*((n, max(e, FLOOR)) for n, e in line), strict=True), style, color=color, ms=5, label=label)
+
+
 def draw(task: Task, rows: list[dict], path: Path) -> None:
     """Error against parameters: every seed a dot, the mean of each size joined along each model's front.
 
@@ -113,12 +122,7 @@ def draw(task: Task, rows: list[dict], path: Path) -> None:
     for axes, measure in zip(panels[0], measures, strict=True):
         for model, color in zip(task.ladder, COLORS, strict=False):
             style = "o-" if task.models[model].looped else "x--"
-            mine = [(r["parameters"], max(r["error"][measure], FLOOR)) for r in rows if r["model"] == model]
-            line = front(means(rows, model, measure))
-            if not line:  # every training of every size diverged
-                continue
-            axes.plot(*zip(*mine, strict=True), ".", color=color, alpha=0.5)
-            axes.plot(*zip(*((n, max(e, FLOOR)) for n, e in line), strict=True), style, color=color, ms=5, label=model)
+            draw_ladder(axes, rows, model, measure, style, color, model)
         axes.set(xscale="log", yscale="log", xlabel="parameters", title=f"{task.name}: {measure}")
         axes.grid(alpha=0.25)
     panels[0][0].set_ylabel(task.error_name)

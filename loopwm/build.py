@@ -10,7 +10,8 @@ from loopwm.config import Config, ConfigError
 from loopwm.dynamics import DYNAMICS, HaltingRule, LoopedDynamics
 from loopwm.model import ENCODERS, WorldModel
 from loopwm.model.decoders import LinearDecoder
-from loopwm.plugins import accepted, check_dynamics, in_words, is_own, own_class
+from loopwm.plugins import accepted, check_dynamics, in_words, own_class
+from loopwm.schema import is_own
 
 
 def make_world_model(cfg: Config, obs_dim: int, action_dim: int) -> WorldModel:
@@ -22,7 +23,8 @@ def make_world_model(cfg: Config, obs_dim: int, action_dim: int) -> WorldModel:
     except ValueError as error:
         raise ConfigError(f"encoder={e.name}: {error}") from None
     try:
-        own = [f"dynamics.{key}={name!r}" for key, name in _parts(cfg) if is_own(name)]
+        named = {"name": cfg.dynamics.name, "halting": cfg.dynamics.halting}
+        own = [f"dynamics.{key}={name!r}" for key, name in named.items() if is_own(name)]
         with in_words(" ".join(own)) if own else nullcontext():
             dynamics = _make_dynamics(cfg, action_dim, encoder.norm, encoder.side)
             if own:
@@ -35,11 +37,6 @@ def make_world_model(cfg: Config, obs_dim: int, action_dim: int) -> WorldModel:
         raise ConfigError("agent.early_weight: needs a subclass of loopwm.dynamics.LoopedDynamics")
     decoder = LinearDecoder(encoder.width, obs_dim) if cfg.agent.observation_weight else None
     return WorldModel(encoder, dynamics, cfg.agent.head_dim, decoder, cfg.agent.activation, grid=encoder.side > 0)
-
-
-def _parts(cfg: Config) -> list[tuple[str, str]]:
-    """The settings that may name a part of one's own, and what they name."""
-    return [("name", cfg.dynamics.name), ("halting", cfg.dynamics.halting)]
 
 
 def _make_dynamics(cfg: Config, action_dim: int, latent_norm: nn.Module, side: int) -> nn.Module:

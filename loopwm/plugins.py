@@ -23,11 +23,6 @@ T = TypeVar("T")
 INTERFACE = (*Dynamics.__annotations__, *(name for name in vars(Dynamics) if not name.startswith("_")))
 
 
-def is_own(name: str) -> bool:
-    """Whether a setting names a part of one's own."""
-    return ":" in name
-
-
 @contextmanager
 def in_words(setting: str) -> Iterator[None]:
     """What code of a person's own raises ends in a ConfigError that says where; ``setting`` is what named the code."""

@@ -183,6 +183,11 @@ _CONVERTERS = {
 # ---------------------------------------------------------------------------------------- words in messages
 
 
+def is_own(name: str) -> bool:
+    """Whether what is named is a part of one's own, MODULE:CLASS (see `loopwm.plugins`)."""
+    return ":" in name
+
+
 def not_among(word: str, words: Iterable[str]) -> str:
     words = tuple(words)
     return f"did you mean {nearest(word, words)}? (valid: {listed(words)})"

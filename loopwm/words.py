@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from loopwm.schema import ConfigError, last_part, listed, nearest, not_among
+from loopwm.schema import ConfigError, is_own, last_part, listed, nearest, not_among
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 
@@ -45,7 +45,7 @@ def split(overrides: Iterable[str], keys: Iterable[str]) -> tuple[dict[str, str]
         elif key in groups():
             choices[key] = text
             if text not in groups()[key]:
-                own = f"; one's own is dynamics.name={text}" if key == "dynamics" and ":" in text else ""
+                own = f"; one's own is dynamics.name={text}" if key == "dynamics" and is_own(text) else ""
                 raise ConfigError(f"{key}={text!r}: {not_among(text, groups()[key])}{own}")
         elif key.endswith(".name") and text in groups().get(key.removesuffix(".name"), ()):
             named[key.removesuffix(".name")] = text  # which may set more than the name, as for a control its mode

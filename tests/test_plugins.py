@@ -1,6 +1,7 @@
 """Parts of one's own: MODULE:CLASS in a config, from training to evaluation, and every mistake in one line."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -137,9 +138,8 @@ def own(tmp_path, monkeypatch):
 def test_dynamics_of_ones_own_train_resume_and_act(own, tmp_path, capsys):
     words = [*SWINGUP, "dynamics.name=own_parts:GRU", "eval_every=2000", "checkpoint_every=1000"]
     assert run(tmp_path / "whole", *words, "frames=3000") == 0
-    assert run(tmp_path / "parts", *words, "frames=1000") == run(
-        tmp_path / "parts", *words, "frames=3000", "resume=true"
-    )
+    assert run(tmp_path / "parts", *words, "frames=1000") == 0
+    assert run(tmp_path / "parts", *words, "frames=3000", "resume=true") == 0
     last = [{k: v for k, v in untimed(tmp_path / name)[-1].items() if k != "frames"} for name in ("whole", "parts")]
     assert last[0] == last[1] and "eval/return" in last[0]
     agent, cfg, _ = load_agent(tmp_path / "whole")
@@ -232,8 +232,8 @@ def test_a_group_cannot_be_ones_own_but_its_name_can(capsys, tmp_path):
 
 def test_a_saved_run_names_the_module_that_is_missing(own, tmp_path, monkeypatch):
     assert run(tmp_path / "x", *CARTPOLE, "dynamics.name=own_parts:GRU", "frames=60", "eval_every=1000") == 0
-    monkeypatch.setattr("sys.path", [entry for entry in __import__("sys").path if entry != str(tmp_path)])
-    monkeypatch.delitem(__import__("sys").modules, "own_parts")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "own_parts")
     with pytest.raises(ConfigError, match="No module named 'own_parts'"):
         load_agent(tmp_path / "x")
 

@@ -174,7 +174,8 @@ class Dynamics(Protocol):
 class Prelude(nn.Module):
     """e = LayerNorm(P [z; a]), once per prediction, with ``layers - 1`` hidden layers before it."""
 
-    axes = 2  # of z
+    layout = "z (B, {z}) and action (B, {a})"  # what it takes, for the message
+    axes, channel = 2, 1  # how many axes z has, and which of them is Z long
 
     def __init__(self, latent_dim: int, action_dim: int, hidden_dim: int, layers: int = 1):
         super().__init__()
@@ -188,10 +189,20 @@ class Prelude(nn.Module):
 
     def forward(self, z: Tensor, action: Tensor) -> Tensor:
         """z (B, Z), action (B, A) -> e (B, D). Raises ValueError: other widths, or not as many of both."""
-        fits = (*z.shape[:-1], self.latent_dim, self.action_dim) == (*action.shape[:-1], z.shape[-1], action.shape[-1])
-        if not fits or z.ndim != self.axes:
-            wanted = f"z (B, {self.latent_dim}) and action (B, {self.action_dim})"
-            raise ValueError(f"the dynamics take {wanted}, got {tuple(z.shape)} and {tuple(action.shape)}")
+        self.check(z, action)
+        return self.embed(z, action)
+
+    def check(self, z: Tensor, action: Tensor) -> None:
+        """Raises ValueError unless z is laid out as ``layout`` says, and action likewise or (B, A)."""
+        if z.ndim == self.axes and z.shape[self.channel] == self.latent_dim:
+            at_each_place = (*z.shape[: self.channel], self.action_dim, *z.shape[self.channel + 1 :])
+            if action.shape in (at_each_place, (len(z), self.action_dim)):
+                return
+        wanted = self.layout.format(z=self.latent_dim, a=self.action_dim)
+        raise ValueError(f"the dynamics take {wanted}, got {tuple(z.shape)} and {tuple(action.shape)}")
+
+    def embed(self, z: Tensor, action: Tensor) -> Tensor:
+        """z (..., Z), action (..., A) -> e (..., D), unchecked."""
         return self.layers(torch.cat([z, action], -1))
 
 

@@ -29,17 +29,15 @@ class GridPrelude(Prelude):
     Raises ValueError: other shapes.
     """
 
+    layout = "z (B, {z}, S, S) and action (B, {a}, S, S) or (B, {a})"
     axes = 4
 
     def forward(self, z: Tensor, action: Tensor) -> Tensor:
-        fits = z.ndim == 4 and action.ndim in (2, 4) and action.shape[:2] == (len(z), self.action_dim)
-        if not fits or z.shape[1] != self.latent_dim or (action.ndim == 4 and action.shape[2:] != z.shape[2:]):
-            wanted = f"z (B, {self.latent_dim}, S, S) and action (B, {self.action_dim}, S, S) or (B, {self.action_dim})"
-            raise ValueError(f"the dynamics take {wanted}, got {tuple(z.shape)} and {tuple(action.shape)}")
+        self.check(z, action)
         if action.ndim == 2:
             action = action[:, :, None, None]
         action = action.expand(-1, -1, *z.shape[2:])
-        return channels_first(super().forward(channels_last(z), channels_last(action)))
+        return channels_first(self.embed(channels_last(z), channels_last(action)))
 
 
 class GridLinear(nn.Linear):

@@ -20,16 +20,14 @@ class TokenPrelude(Prelude):
     Raises ValueError: other shapes.
     """
 
-    axes = 3
+    layout = "z (B, G, {z}) and action (B, G, {a}) or (B, {a})"
+    axes, channel = 3, 2
 
     def forward(self, z: Tensor, action: Tensor) -> Tensor:
-        fits = z.ndim == 3 and action.ndim in (2, 3) and (len(action), action.shape[-1]) == (len(z), self.action_dim)
-        if not fits or z.shape[-1] != self.latent_dim or (action.ndim == 3 and action.shape[1] != z.shape[1]):
-            wanted = f"z (B, G, {self.latent_dim}) and action (B, G, {self.action_dim}) or (B, {self.action_dim})"
-            raise ValueError(f"the dynamics take {wanted}, got {tuple(z.shape)} and {tuple(action.shape)}")
+        self.check(z, action)
         if action.ndim == 2:
             action = action.unsqueeze(1)
-        return super().forward(z, action.expand(-1, z.shape[1], -1))
+        return self.embed(z, action.expand(-1, z.shape[1], -1))
 
 
 class TransformerCell(Cell):
