@@ -32,6 +32,7 @@ from loopwm.dynamics.halting.steps import (
 from loopwm.dynamics.layers import ORDERS
 from loopwm.dynamics.looped import LoopedDynamics
 from loopwm.dynamics.penalty import jacobian_penalty
+from loopwm.dynamics.repeated import RepeatedDynamics
 from loopwm.dynamics.solvers import SOLVERS, AndersonSolver, PlainSolver
 
 DYNAMICS: dict[str, type[nn.Module]] = {
@@ -73,6 +74,7 @@ __all__ = [
     "PlainSolver",
     "PredictionHalting",
     "RandomHalting",
+    "RepeatedDynamics",
     "ResidualHalting",
     "SecondDifferenceHalting",
     "SinglePassDynamics",

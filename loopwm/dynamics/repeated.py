@@ -1,0 +1,97 @@
+"""One dynamics applied several times in turn, each time to the latent that it has just predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from loopwm.dynamics.base import Depth, DynamicsOutput
+from loopwm.dynamics.depth import DepthSchedule
+
+Split = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class RepeatedDynamics(nn.Module):
+    """z[i + 1] = f(z[i], a') for i = 0 .. n - 1, with f any dynamics, a' and n read off the action; z' = z[n].
+
+    For steps whose action says how many equal ones they are made of, such as one that is held for n control steps.
+    The loops of ``LoopedDynamics`` read z once and carry h; here it is the latent that is carried from one application
+    to the next: a plain recurrence in z, whose step f may loop by itself. Samples that are done leave the batch.
+
+    The output's ``h`` (B, 2 D) is the state of the last application and, divided by ``most``, the sum of all, off which
+    what adds up on the way (a reward) can be read. ``loops`` are those of all applications together, ``residual`` is
+    of the last one; earlier loops are not kept (``DynamicsOutput.at``).
+
+    Args:
+        step: f, looped or not (see ``Dynamics``), of z (B, Z) and a' (B, A').
+        split: action (B, A) -> (a' (B, A'), n (B,) int64, at least 1).
+        most: the largest n.
+    """
+
+    def __init__(self, step: nn.Module, split: Split, most: int):
+        super().__init__()
+        self.step, self.split, self.most = step, split, most
+        self.state_dim = 2 * step.state_dim
+        self.mean_loops, self.max_loops = step.mean_loops, step.max_loops  # of one application
+
+    def forward(self, z: Tensor, action: Tensor, depth: Depth = None, h0: Tensor | None = None) -> DynamicsOutput:
+        """Predict the next latent: z (B, Z), action (B, A) -> ``DynamicsOutput``; ``depth`` is of every application.
+
+        Raises:
+            ValueError: h0, since a state that f would start from is of one application; n < 1; and as f.
+        """
+        if h0 is not None:
+            raise ValueError("repeated dynamics start every application anew and take no h0")
+        once, times = self.split(action)
+        plan = DepthSchedule(times)
+        if plan.order is not None:
+            z, once, depth = z[plan.order], once[plan.order], _rows(depth, plan.order)
+        outs: list[DynamicsOutput] = []
+        sums: list[Tensor] = []  # of the states up to each application
+        for going in plan.active:  # the first rows are those that need the most
+            out = self.step(z[:going], once[:going], _rows(depth, slice(going)))
+            sums.append(out.h if not outs else sums[-1][:going] + out.h)
+            outs.append(out)
+            z = out.z_next
+
+        def last(each: list[Tensor]) -> Tensor:
+            """(B, ...) of what each application left (going, ...), what every sample's own last one did."""
+            ends = [x[rows:] for x, rows in zip(each, [*plan.active[1:], 0], strict=True)]
+            whole = torch.cat(ends[::-1])
+            return whole if plan.order is None else whole[plan.inverse]
+
+        def loops() -> Tensor:
+            spent = [outs[0].loops]
+            for out in outs[1:]:
+                spent.append(spent[-1][: len(out.loops)] + out.loops)
+            return last(spent)
+
+        h = torch.cat([last([out.h for out in outs]), last(sums) / self.most], -1)
+        z_next = last([out.z_next for out in outs])
+        return DynamicsOutput(z_next, h, loops, lambda: last([out.residual for out in outs]))
+
+    def sample_depth(self, batch: int, generator: torch.Generator | None = None) -> Depth:
+        """As ``step`` draws it; one draw serves all applications."""
+        return self.step.sample_depth(batch, generator)
+
+    def frozen(self) -> AbstractContextManager[None]:
+        """Inside, the parameters do not change."""
+        return self.step.frozen()
+
+    def lipschitz_bound(self) -> float:
+        """That of a loop of ``step``: nothing is promised of the recurrence in z."""
+        return self.step.lipschitz_bound()
+
+    def measured_contraction(self, z: Tensor, action: Tensor, loops: int | None = None) -> float:
+        """That of a loop of ``step``, in the first application."""
+        return self.step.measured_contraction(z, self.split(action)[0], loops)
+
+
+def _rows(depth: Depth, rows: Tensor | slice) -> Depth:
+    """The depth of some samples, where each has its own."""
+    if isinstance(depth, DepthSchedule):
+        depth = depth.loops
+    return depth[rows] if isinstance(depth, Tensor) else depth
