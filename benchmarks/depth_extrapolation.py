@@ -57,7 +57,7 @@ def draw(task: Task, rows: list[dict], path: Path) -> None:
     for place, (name, recipe) in enumerate(task.models.items()):
         # Ten colours, and more models: the next ten have other marks, and are dashed on the left.
         marks = ("o", "x") if place < 10 else ("s", "+")
-        look = {"color": f"C{place % 10}", "marker": marks[not recipe.looped], "ms": 4}
+        look = {"color": f"C{place % 10}", "marker": marks[not recipe.shares], "ms": 4}
         scores = np.array([mean_error(rows, name, size, deep(recipe), group) for group in found])  # (groups, seeds)
         left.plot(found, scores.mean(1), "--" if place >= 10 else "-", label=name, **look)
         left.fill_between(found, scores.min(1), scores.max(1), color=look["color"], alpha=0.15, linewidth=0)
@@ -97,7 +97,7 @@ def verdict(task: Task, rows: list[dict]) -> tuple[dict, str]:
     group, loop = task.beyond[0], task.models["looped"]
     furthest = float(np.mean(mean_error(rows, "looped", size, depths_of(loop)[-1], group)))
     keeps = "keeps" if task.within(furthest, means["looped", group], 0.01) else "loses"
-    others = ", ".join(f"{n} {means[n, group]:.2f}" for n, r in task.models.items() if r.looped and n != "looped")
+    others = ", ".join(f"{n} {means[n, group]:.2f}" for n, r in task.models.items() if r.shares and n != "looped")
     return headline, (
         f"Trained on {task.edge} {task.unit} at most, the loop, at {deep(loop)} loops for the controls' FLOPs of "
         f"{loop.loops}, {beside_controls(task, rows, means)} and {keeps} its answers at {depths_of(loop)[-1]} "
@@ -109,7 +109,7 @@ def beside_controls(task: Task, rows: list[dict], means: dict[tuple[str, str], f
     """What the loop is on the first group beyond the trained, by the mean errors of (model, group), in words."""
     group, size = task.beyond[0], task.sizes[0]
     error = f"{means['looped', group]:.2f}"
-    controls = [name for name, recipe in task.models.items() if not recipe.looped]
+    controls = [name for name, recipe in task.models.items() if not recipe.shares]
     if not controls:
         return f"has an error of {error} on {group}"
     best = min(controls, key=lambda name: means[name, group])

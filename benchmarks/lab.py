@@ -61,6 +61,7 @@ class Recipe:
     sampler: str = ""  # a name in DEPTH_SAMPLERS: a depth for each example, of the mean of ``quarters``
     early: float = 0.0  # weight of the loss at a random earlier loop (on grids)
     untold: bool = False  # whether what needs more loops than were drawn counts in the loss like all else
+    repeated: bool = False  # whether it is one unit of the difficulty, applied as often as the inputs say
 
     @property
     def name(self) -> str:
@@ -77,6 +78,11 @@ class Recipe:
     @property
     def looped(self) -> bool:
         return self.dynamics == "looped"
+
+    @property
+    def shares(self) -> bool:
+        """Whether a prediction uses some weights more than once; else it is a control."""
+        return self.looped or self.repeated
 
     def depth(self, factor: float = 1.0) -> int | str | None:
         """``factor`` times the controls' depth, TIMED or fixed; None: as far as a rule says, or a control's own."""

@@ -6,10 +6,10 @@ Loops of several widths and a ladder of controls learn one step of a world, or f
 ``Recipe.depth``). The ratio is the parameters of the smallest control of equal error, read off the controls' front
 (interpolated in logarithms), over the loop's; where no control reaches the loop it is a lower bound, where every
 control is better an upper one. It is read off the mean errors, and off those of each seed, all of which must agree
-before the loop is said to need fewer. ``--more-of`` an earlier result keeps its rows and learning rates and trains
-the seeds that it lacks; rows that lack an error are measured anew, and trained anew where their weights are gone. A
-model's rate is the best on validation data after a quarter of the steps, which favours large ones; with
-``--rates-in-full`` each size has its own, by whole trainings.
+before the loop is said to need fewer. ``--more-of`` an earlier result keeps its rows and learning rates and trains the
+seeds and sizes that it lacks; rows that lack an error are measured anew, and trained anew where their weights are gone.
+A model's rate is the best on validation data after a quarter of the steps, which favours large ones; with ``--rates-in-
+full`` each size has its own, by whole trainings.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def draw(task: Task, rows: list[dict], path: Path) -> None:
     figure, panels = plt.subplots(1, len(measures), figsize=(3.6 + 4.2 * len(measures), 3.8), dpi=130, squeeze=False)
     for axes, measure in zip(panels[0], measures, strict=True):
         for model, color in zip(task.ladder, COLORS, strict=False):
-            style = "o-" if task.models[model].looped else "x--"
+            style = "o-" if task.models[model].shares else "x--"
             draw_ladder(axes, rows, model, measure, style, color, model)
         axes.set(xscale="log", yscale="log", xlabel="parameters", title=f"{task.name}: {measure}")
         axes.grid(alpha=0.25)
@@ -156,7 +156,7 @@ class Ratio(NamedTuple):
 
 def ratios(task: Task, rows: list[dict], measure: str) -> list[Ratio]:
     """One for each looped model of the ladder and each of its sizes."""
-    looped = [name for name, recipe in task.models.items() if recipe.looped and name in task.ladder]
+    looped = [name for name, recipe in task.models.items() if recipe.shares and name in task.ladder]
 
     def compare(some: list[dict], name: str, n: int) -> tuple[float, tuple[float, str]]:
         controls = [p for model in task.ladder if model not in looped for p in means(some, model, measure)]
@@ -256,10 +256,11 @@ def size(text: str) -> tuple[int, int]:
 
 def main(arguments: list[str]) -> None:
     p = lab_parser(__doc__.splitlines()[0], "sandpile")
-    more = p.add_mutually_exclusive_group()
-    more.add_argument("--more-of", type=Path, metavar="FILE", help="an earlier result of this task, to add seeds to")
-    more.add_argument(
-        "--rates-in-full", action="store_true", help="a rate for each size, by whole trainings of all seeds"
+    p.add_argument("--more-of", type=Path, metavar="FILE", help="an earlier result of this task, to add seeds or sizes")
+    p.add_argument(
+        "--rates-in-full",
+        action="store_true",
+        help="a rate for each size, by whole trainings of all seeds; of --more-of for sizes that it lacks",
     )
     p.add_argument("--models", nargs="+", metavar="NAME", help="some of the ladder, loops and controls (default: all)")
     p.add_argument(
@@ -282,17 +283,18 @@ def main(arguments: list[str]) -> None:
         p.error("--more-of: not with --quick")
     if args.models:
         known = set(args.models) <= set(task.ladder)
-        if not known or {True, False} != {task.models[name].looped for name in args.models}:
+        if not known or {True, False} != {task.models[name].shares for name in args.models}:
             p.error(f"--models: loops and controls of {', '.join(map(repr, task.ladder))}")
         task.ladder = {name: some for name, some in task.ladder.items() if name in args.models}
     if asked:
         task.ladder = dict.fromkeys(task.ladder, asked)
     earlier = {(n, r): row for (n, r), row in earlier.items() if (r.hidden, r.loops) in task.ladder.get(n, ())}
     ladder = sizes(task, args, folder, earlier)
-    if {name for name, _ in earlier} >= set(task.ladder):
+    if {name for name, _ in earlier} >= set(task.ladder) and not args.rates_in_full:
         args.rates = None  # nothing was chosen from them: the earlier result's stand in the rows
     if args.rates_in_full:
-        ladder = choose_rates_in_full(task, ladder, seeds, folder, args)
+        rated = {(name, r.hidden, r.loops) for name, r in earlier}
+        ladder |= choose_rates_in_full(task, {k: r for k, r in ladder.items() if k not in rated}, seeds, folder, args)
     plan = [(key[0], replace(recipe, seed=seed)) for seed in seeds for key, recipe in ladder.items()]
     whole = {key: row for key, row in earlier.items() if set(row["error"]) == set(task.measured)}
     train_all(task, [recipe for name, recipe in plan if (name, recipe) not in whole], folder, args.jobs, args.device)

@@ -127,8 +127,9 @@ def main(arguments: list[str]) -> None:
     )
     args = p.parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task
-    # A timed loop cannot be halved, and one of more layers has no variant with fewer.
-    loops = [name for name, r in task.models.items() if r.looped and not r.timed and r.layers == (1, 1, 1)]
+    # A timed or repeated loop cannot be halved, and one of more layers has no variant with fewer.
+    plain = {name: r for name, r in task.models.items() if r.looped and not (r.timed or r.repeated)}
+    loops = [name for name, r in plain.items() if r.layers == (1, 1, 1)]
     if args.loop not in loops:
         p.error(f"--loop: one of {', '.join(map(repr, loops))}")
     seeds = range(1) if args.quick else range(args.seeds)

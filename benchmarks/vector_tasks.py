@@ -19,7 +19,8 @@ from agents import load_agent
 from benchmarks.harness import ROOT
 from benchmarks.lab import IN_A_ROW, TEST, TRAINING, VALIDATION, Examples, Recipe, Task, kept
 from envs import make_env
-from loopwm.dynamics import DYNAMICS, DynamicsOutput
+from loopwm.dynamics import DYNAMICS, DynamicsOutput, RepeatedDynamics
+from loopwm.dynamics.repeated import Split
 
 MODELS = {
     "looped": Recipe("looped", "certified", steps=2000, hidden=64, loops=8),
@@ -59,23 +60,42 @@ SKIPPING = {
     "looped, linear, skip, fixed depth": replace(MODELS["looped, linear"], skip=True, fixed=True),
     "stacked, skip": replace(MODELS["stacked"], skip=True),
 }
+# One control step, applied for as many as an action is held, each time to what was predicted before; ``loops`` are
+# those of one such step.
+REPEATED = {
+    "looped, linear, repeated": replace(MODELS["looped, linear"], loops=4, fixed=True, repeated=True),
+    "looped, repeated": replace(MODELS["looped"], loops=4, fixed=True, repeated=True),
+    "looped, lipsdp, skip, repeated": replace(MODELS["looped, lipsdp"], loops=4, skip=True, fixed=True, repeated=True),
+    "single_pass, repeated": replace(MODELS["single_pass"], repeated=True),
+    "stacked, repeated": replace(MODELS["stacked"], loops=2, repeated=True),
+}
+REPEATED_LADDER = {
+    "looped, linear, repeated": ((16, 4), (32, 2), (32, 4), (64, 2), (64, 4)),
+    "looped, repeated": ((32, 4), (64, 4)),
+    "looped, lipsdp, skip, repeated": ((32, 4),),
+    "single_pass, repeated": ((32, 8), (64, 8), (128, 8)),
+    "stacked, repeated": ((32, 2), (32, 4), (64, 2)),
+}
 SETTLED = 1e-3  # relative step at which a state counts as the fixed point
 CORRELATION = 0.8  # of a random action with the one before
 
 
 class VectorModel(nn.Module):
-    """Standardised observation and actions -> the observations after each."""
+    """Standardised observation and actions -> the observations after each.
 
-    def __init__(self, recipe: Recipe, obs_dim: int, action_dim: int):
+    ``split`` and ``most`` are of ``RepeatedDynamics``, which a repeated recipe has.
+    """
+
+    def __init__(self, recipe: Recipe, obs_dim: int, action_dim: int, split: Split | None = None, most: int = 1):
         super().__init__()
         prelude, block, coda = recipe.layers
         self.warm, ways = recipe.warm, {}
         if recipe.looped:
             ways = {"gradient": recipe.gradient, "solver": recipe.solver, "halt_tolerance": SETTLED}
             ways |= {"depth_sampler": "fixed"} if recipe.fixed else {}
-        self.dynamics = DYNAMICS[recipe.dynamics](
+        dynamics = DYNAMICS[recipe.dynamics](
             obs_dim,
-            action_dim,
+            action_dim - recipe.repeated,
             recipe.hidden,
             recipe.loops,
             4 * recipe.loops,
@@ -86,6 +106,7 @@ class VectorModel(nn.Module):
             skip=recipe.skip,
             **ways,
         )
+        self.dynamics = RepeatedDynamics(dynamics, split, most) if recipe.repeated else dynamics
 
     def forward(
         self, obs: Tensor, actions: Tensor, depth: int | Tensor | None = None, h0: Tensor | None = None
@@ -252,14 +273,23 @@ class Control(VectorTask):
 class TimeWarp(VectorTask):
     """One decision of ``loopwm/TimeWarp``: an action held for 1 to 16 control steps, of which at most 8 in training."""
 
-    models = MODELS | STEPWISE | SKIPPING
+    models = MODELS | STEPWISE | SKIPPING | REPEATED
     ladder = LADDER | dict.fromkeys([*STEPWISE, *SKIPPING], ((64, 8),)) | {"stacked, skip": ((32, 4), (64, 4), (64, 8))}
+    ladder |= REPEATED_LADDER
     unit, trained = "held control steps", 8
     bins = ((1, 2), (3, 4), (5, 8), (9, 12), (13, 16))
 
     def __init__(self, runs: Path, task: str):
         super().__init__(runs)
         self.name, self.env_id = f"timewarp-{task}", f"gym/loopwm/TimeWarp-{task}-v0"
+
+    def model(self, recipe: Recipe) -> VectorModel:
+        data = self.steps(TRAINING)
+        return VectorModel(recipe, data["obs"].shape[-1], self.action_dim(data), self.held, 2 * self.trained)
+
+    def held(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``decisions`` made of an action (n, A) -> (the action itself (n, A - 1), its control steps (n,))."""
+        return action[:, :-1], (action[:, -1] * self.trained).round().long()
 
     def examples(self, each: int, longest: int, seed: int, size: int | None = None) -> Examples:
         """At most ``each`` steps of every bin, fewer where the data has no more."""

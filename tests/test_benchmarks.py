@@ -600,6 +600,11 @@ def test_seeds_are_added_to_an_earlier_result_at_its_rates(tmp_path, monkeypatch
     assert len(trained) == 12 and {row["learning_rate"] for row in full["rows"]} == {0.001}
     more = run(f"--seeds 3 --more-of {tmp_path / 'd.json'}", "e.json")
     assert [recipe.seed for recipe in trained] == [2] * 3 and more["rows"][:6] == full["rows"]
+    monkeypatch.setattr(TinyLadder, "ladder", TinyLadder.ladder | {"looped": ((4, 8), (6, 8), (5, 8))})
+    wider = run(f"--seeds 2 --rates-in-full --more-of {tmp_path / 'd.json'}", "e.json")  # two rates of the new size
+    assert [recipe.hidden for recipe in trained] == [5] * 4 and len(wider["rows"]) == 8
+    assert [row for row in wider["rows"] if row["hidden"] != 5] == full["rows"]
+    monkeypatch.setattr(TinyLadder, "ladder", TinyLadder.ladder | {"looped": ((4, 8), (6, 8))})
     # A training that diverged has no error in JSON: an infinite one, than which every control is better.
     first, *others = one["rows"]
     lost = [first | {"error": dict.fromkeys(first["error"])}, *others]
@@ -618,7 +623,7 @@ def test_seeds_are_added_to_an_earlier_result_at_its_rates(tmp_path, monkeypatch
     renamed = [row | {"model": "gone"} for row in one["rows"]]
     rows = [{"rows": found} for found in ([], [{}], unsized, grown, renamed)]
     wrongs = [one | x for x in ({"task": "sandpile"}, {"quick": True}, {"benchmark": "cost"}, *rows)]
-    for wrong, more in [(w, "") for w in wrongs] + [(one, "--steps 9"), (one, "--quick"), (one, "--rates-in-full")]:
+    for wrong, more in [(w, "") for w in wrongs] + [(one, "--steps 9"), (one, "--quick")]:
         (tmp_path / "wrong.json").write_text(json.dumps(wrong), encoding="utf-8")
         with pytest.raises(SystemExit):
             run(f"--seeds 2 --more-of {tmp_path / 'wrong.json'} {more}", "c.json")
