@@ -47,6 +47,8 @@ class RepeatedDynamics(nn.Module):
             raise ValueError("repeated dynamics start every application anew and take no h0")
         once, times = self.split(action)
         plan = DepthSchedule(times)
+        if isinstance(depth, (Tensor, DepthSchedule)) and len(depth) != len(z):
+            raise ValueError(f"depth has {len(depth)} entries for a batch of {len(z)}")
         if plan.order is not None:
             z, once, depth = z[plan.order], once[plan.order], _rows(depth, plan.order)
         outs: list[DynamicsOutput] = []
