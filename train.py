@@ -18,7 +18,7 @@ from loopwm.training.checkpoint import CheckpointError
 from loopwm.training.interrupt import INTERRUPTED
 from loopwm.training.random_state import seed_random
 from loopwm.training.replay import Replay
-from loopwm.training.run_dir import describe, last_words, open_run
+from loopwm.training.run_dir import claimed, describe, last_words, open_run
 from loopwm.training.trainer import Diverged, Schedule, Trainer
 
 # OSError: a disk that is full or read-only, a file that cannot be opened; its text names it.
@@ -53,7 +53,7 @@ def train(cfg: Config) -> tuple[dict[str, Any], Path]:
     """One run, new or resumed: (what its summary.json holds, its directory, for ``load_agent``). Raises USER_ERRORS."""
     use_threads(cfg.threads)
     run_dir, lock = open_run(cfg)
-    with lock:
+    with claimed(run_dir, lock, named=bool(cfg.run_dir)):
         trainer = build(cfg, run_dir)
         save_config(cfg, run_dir / "config.yaml")
         return trainer.run(), run_dir

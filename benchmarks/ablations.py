@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from benchmarks.harness import curve, interval, parser, report, train_all, training_run
+from benchmarks.harness import curve, interval, parser, refusing, report, train_all, training_run
 
 # Name -> the words that change it. What was screened by hand with one or two seeds, so that anyone can settle it.
 CHANGES: dict[str, tuple[str, ...]] = {
@@ -85,6 +85,7 @@ def own_changes(p: ArgumentParser, words: list[str], unchanged: str) -> dict[str
     return own
 
 
+@refusing
 def main(arguments: list[str]) -> None:
     p = parser(__doc__.splitlines()[0])
     p.add_argument("--task", nargs="+", default=list(TASKS))
@@ -130,4 +131,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.ablations import CHANGES, own_changes
-from benchmarks.harness import curve, interval, parser, report, train_all
+from benchmarks.harness import curve, interval, parser, refusing, report, train_all
 from loopwm.config import Config, ConfigError, flatten, load_config, save_config
 from loopwm.training.checkpoint import CheckpointError
 from loopwm.training.run_dir import read_run
@@ -61,6 +61,7 @@ def read_changes(p: ArgumentParser, named: list[str], own: list[str]) -> dict[st
     return {UNCHANGED: ()} | changes
 
 
+@refusing
 def main(arguments: list[str]) -> None:
     p = parser(__doc__.splitlines()[0])
     p.add_argument("run", type=Path, nargs="+", help="finished runs, each with a checkpoint")
@@ -102,4 +103,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

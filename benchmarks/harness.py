@@ -50,14 +50,18 @@ def parser(description: str) -> argparse.ArgumentParser:
     return p
 
 
-def refusing(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
-    """A benchmark's ``main`` that answers what cannot be read or played with one line and exit code 2."""
+class RunFailed(Exception):
+    """A training run that a benchmark needs was not made, or is another one."""
+
+
+def refusing(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
+    """A benchmark's ``main`` that answers what cannot be read, played or trained with one line and exit code 2."""
 
     @functools.wraps(main)
     def answer(arguments: list[str]) -> int:
         try:
-            return main(arguments)
-        except (CheckpointError, ConfigError, TaskError, OSError) as error:
+            return main(arguments) or 0
+        except (CheckpointError, ConfigError, RunFailed, TaskError, OSError) as error:
             print(f"{Path(main.__code__.co_filename).stem}: {error}", file=sys.stderr)
             return 2
 
@@ -171,12 +175,12 @@ def train(run_dir: Path, overrides: Sequence[str], core: int | None = None, one_
     """Train to the end as a user would, on one core and thread if ``core`` is given; a finished run is kept.
 
     Raises:
-        RuntimeError: the run kept there had other settings (an older default, say), or training failed.
+        RunFailed: the run kept there had other settings (an older default, say), or training failed.
     """
     summary = run_dir / "summary.json"
     if summary.exists() and json.loads(summary.read_text())["finished"]:
         if changed := changed_settings(read_config(run_dir / "config.yaml"), load_config(overrides)):
-            raise RuntimeError(f"{run_dir} was run with {', '.join(changed)}: remove it, or name other --runs")
+            raise RunFailed(f"{run_dir} was run with {', '.join(changed)}: remove it, or name other --runs")
         return run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "train.py"), *overrides, f"run_dir={run_dir}", "resume=true"]
@@ -188,8 +192,14 @@ def train(run_dir: Path, overrides: Sequence[str], core: int | None = None, one_
     with (run_dir / "train.log").open("a") as log:
         done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=env)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: see {run_dir}/train.log")
+        raise RunFailed(why_failed(done.returncode, run_dir / "train.log"))
     return run_dir
+
+
+def why_failed(code: int, log: Path) -> str:
+    """What to say of a ``train.py`` that ended with ``code``: its own last line, where it knew what was wrong."""
+    said = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return said[-1] if code == 2 and said else f"train.py ended with {code}: see {log}"
 
 
 def train_all(jobs: dict[Path, Sequence[str]], workers: int) -> None:

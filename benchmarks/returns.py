@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import at_frames, curve, interval, parser, report, run_commit, train_all, training_run
+from benchmarks.harness import at_frames, curve, interval, parser, refusing, report, run_commit, train_all, training_run
 from loopwm.config import CONTROLS
 
 EIGHT = tuple(
@@ -43,6 +43,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
                 table.writerow((*names, at // 500 * 500, round(value, 1), speed, row["commit"]))
 
 
+@refusing
 def main(arguments: list[str]) -> None:
     p = parser(__doc__.splitlines()[0])
     p.add_argument("--task", nargs="+", default=["dmc/cartpole-swingup"], help="task names; eight: the eight of DMC")
@@ -86,4 +87,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

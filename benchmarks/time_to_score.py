@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import ROOT, curve, parser, report
+from benchmarks.harness import ROOT, RunFailed, curve, parser, refusing, report, why_failed
 from loopwm.training.interrupt import INTERRUPTED
 
 
@@ -22,7 +22,7 @@ def timed_run(run_dir: Path, words: list[str], score: float) -> dict[str, float 
     """Train until two evaluations in a row reach ``score`` -> seconds and frames of both readings.
 
     Raises:
-        RuntimeError: training failed.
+        RunFailed: training failed.
     """
     shutil.rmtree(run_dir, ignore_errors=True)
     run_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def timed_run(run_dir: Path, words: list[str], score: float) -> dict[str, float 
                 process.wait()
                 break
     if process.returncode not in (0, INTERRUPTED):  # the latter where it was stopped here
-        raise RuntimeError(f"train.py ended with {process.returncode}: see {log.name}")
+        raise RunFailed(why_failed(process.returncode, Path(log.name)))
     first = next((point for point in seen if point[2] >= score), None)
     pair = next((b for a, b in zip(seen, seen[1:], strict=False) if min(a[2], b[2]) >= score), None)
     return {
@@ -53,6 +53,7 @@ def timed_run(run_dir: Path, words: list[str], score: float) -> dict[str, float 
     }
 
 
+@refusing
 def main(arguments: list[str]) -> None:
     p = parser(__doc__.splitlines()[0])
     p.add_argument("--task", default="dmc/cartpole-swingup")
@@ -85,4 +86,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -31,6 +31,7 @@ from envs import make_env
 from loopwm.config import load_config, read_config, save_config
 from loopwm.inspect.run import load_run
 from loopwm.model.encoders import symlog
+from loopwm.training.checkpoint import lock_run
 from loopwm.training.run_dir import changed_settings
 
 TINY = ["task=dmc/x-y", "size=small"]
@@ -253,8 +254,21 @@ def test_a_kept_run_of_other_settings_is_not_passed_off(tmp_path):
     save_config(load_config(words), tmp_path / "config.yaml")
     (tmp_path / "summary.json").write_text('{"finished": true}')
     assert harness.train(tmp_path, words) == tmp_path
-    with pytest.raises(RuntimeError, match=r"was run with agent.tau=0.5 \(now 0.02\)"):
+    with pytest.raises(harness.RunFailed, match=r"was run with agent.tau=0.5 \(now 0.02\)"):
         harness.train(tmp_path, words[:1])
+
+
+def test_a_run_that_fails_ends_in_its_own_words(tmp_path, capsys):
+    words = ["--runs", str(tmp_path), "--seeds", "1", "--frames", "10", "--jobs", "1"]
+    assert returns.main(["--task", "gym/NoSuch-v0", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("returns: train.py: ") and "NoSuch-v0" in said and said.count("\n") == 1
+    folder = harness.training_run(tmp_path, "gym/CartPole-v1", "looped", 0, 10, [])[0]
+    with lock_run(folder):
+        assert returns.main(["--task", "gym/CartPole-v1", *words]) == 2
+    assert "in use" in (said := capsys.readouterr().err) and said.count("\n") == 1
+    (tmp_path / "train.log").write_text("Traceback\nboom\n")
+    assert harness.why_failed(1, tmp_path / "train.log") == f"train.py ended with 1: see {tmp_path / 'train.log'}"
 
 
 def test_kept_runs_are_looked_at_side_by_side(tmp_path, capsys):
@@ -716,5 +730,5 @@ def test_the_clock_stops_at_two_evaluations_in_a_row(tmp_path):
     found = time_to_score.timed_run(tmp_path / "x", words, score=1.0)  # any episode has more
     assert (found["first_frames"], found["second_frames"]) == (40, 80)
     assert 0.0 < found["first_seconds"] <= found["second_seconds"]
-    with pytest.raises(RuntimeError, match="ended with 2"):
+    with pytest.raises(harness.RunFailed, match="NoSuch-v0"):
         time_to_score.timed_run(tmp_path / "y", ["task=gym/NoSuch-v0"], score=1.0)

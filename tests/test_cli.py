@@ -150,6 +150,22 @@ def test_a_mistake_is_one_line(words, said, tmp_path, capsys):
     assert not (tmp_path / "x" / "config.yaml").exists(), "a run that never began claims the directory"
 
 
+def test_a_run_that_never_began_leaves_no_folder_of_its_own_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*TINY, "task=gym/CartPole-v9"]) == 2 and not list((tmp_path / "runs").iterdir())
+    named = tmp_path / "named"
+    named.mkdir()
+    assert train.main([*TINY, "task=gym/CartPole-v9", f"run_dir={named}"]) == 2 and named.is_dir()
+
+    def begun(self):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(trainer_module.Trainer, "run", begun)
+    assert train.main([*SHORT]) == 2
+    assert [path.name for path in tmp_path.glob("runs/*/config.yaml")] == ["config.yaml"], "what has begun stays"
+    assert "the disk is full" in capsys.readouterr().err
+
+
 def test_a_file_is_no_run(tmp_path, capsys):
     file = tmp_path / "agent.safetensors"
     file.write_bytes(b"x")

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -54,6 +55,20 @@ def open_run(cfg: Config) -> tuple[Path, IO[str]]:
     elif cfg.resume:
         print(f"{run_dir} holds no run to resume: a new one begins there", file=sys.stderr)
     return run_dir, lock
+
+
+@contextlib.contextmanager
+def claimed(run_dir: Path, lock: IO[str], named: bool) -> Iterator[None]:
+    """Hold ``lock``; a folder that named itself (not ``named``) goes again if nothing could be begun in it."""
+    with lock:
+        try:
+            yield
+        except BaseException:
+            if not named and [path.name for path in run_dir.iterdir()] == [".lock"]:
+                with contextlib.suppress(OSError):  # the error that is on its way says more
+                    (run_dir / ".lock").unlink()
+                    run_dir.rmdir()
+            raise
 
 
 def last_words(result: dict[str, Any], run_dir: Path, arguments: list[str]) -> str:
