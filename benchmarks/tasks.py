@@ -18,12 +18,19 @@ TASKS: dict[str, Callable[[Path], Task]] = {
     "permutation": lambda runs: Permutation(),
     "permutation-tokens": lambda runs: TokenPermutation(),
     "timewarp-cartpole-swingup": lambda runs: TimeWarp(runs, "cartpole-swingup"),
+    "timewarp-walker-walk": lambda runs: TimeWarp(runs, "walker-walk"),
     "walker-walk-random": lambda runs: Control(runs, "walker-walk", policy=False),
     "walker-walk-policy": lambda runs: Control(runs, "walker-walk", policy=True),
     "cheetah-run-random": lambda runs: Control(runs, "cheetah-run", policy=False),
     "cheetah-run-policy": lambda runs: Control(runs, "cheetah-run", policy=True),
 }
-WITH_DIFFICULTY = ("sandpile", "permutation", "permutation-tokens", "timewarp-cartpole-swingup")
+WITH_DIFFICULTY = (
+    "sandpile",
+    "permutation",
+    "permutation-tokens",
+    "timewarp-cartpole-swingup",
+    "timewarp-walker-walk",
+)
 
 
 def positive(text: str) -> float:
