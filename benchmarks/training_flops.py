@@ -1,7 +1,8 @@
 """Training FLOPs until a model has the stack's final error, by which part of the dynamics is looped.
 
-The loop alone, with a layer of its own before it or after it, and with two layers in the block at half the loops, all
-beside the stack of equal FLOPs (``benchmarks.lab``). FLOPs are torch's own count of whole updates (forward passes
+The loop alone, with a layer of its own before it or after it, with two layers in the block at half the loops, and,
+where a task has models that are repeated, all of it looped: prelude, two loops, coda, once for each unit of the
+difficulty; beside the stack of equal FLOPs (``benchmarks.lab``). FLOPs are torch's own count of whole updates (forward passes
 without gradient too), the mean of several at depths as training draws them: for a loop of random depth three quarters
 of the stack's on the mean. The error is that of validation data, such a loop's at twice the stack's depth, its last
 value the final one. ``--loop`` says which of a task's loops it is.
@@ -29,13 +30,14 @@ def variants(task: Task, steps: int, loop: str = "looped") -> dict[str, Recipe]:
     """Name -> recipe of a loop, by its name in ``task.models``; halved, its two layers stand for two of its loops."""
     loop = replace(task.models[loop], steps=steps)
     half = {"loops": loop.loops // 2, "free_loops": loop.free_loops // 2, "layers": (1, 2, 1)}
+    whole = task.models.get("looped, linear, repeated")
     return {
         CONTROL: replace(task.models[CONTROL], steps=steps),
         "one layer looped": loop,
         "a layer before the loop": replace(loop, layers=(2, 1, 1)),
         "a layer after the loop": replace(loop, layers=(1, 1, 2)),
         "two layers looped, half the loops": replace(loop, **half),
-    }
+    } | ({"all of it looped": replace(whole, steps=steps, loops=2)} if whole else {})
 
 
 def flops_of_update(task: Task, recipe: Recipe, draws: int = 32) -> float:
