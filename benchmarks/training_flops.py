@@ -2,10 +2,10 @@
 
 The loop alone, with a layer of its own before it or after it, with two layers in the block at half the loops, and,
 where a task has models that are repeated, all of it looped: prelude, two loops, coda, once for each unit of the
-difficulty; beside the stack of equal FLOPs (``benchmarks.lab``). FLOPs are torch's own count of whole updates (forward passes
-without gradient too), the mean of several at depths as training draws them: for a loop of random depth three quarters
-of the stack's on the mean. The error is that of validation data, such a loop's at twice the stack's depth, its last
-value the final one. ``--loop`` says which of a task's loops it is.
+difficulty; beside the stack of equal FLOPs (``benchmarks.lab``). FLOPs are torch's own count of whole updates (forward
+passes without gradient too), the mean of several at depths as training draws them: for a loop of random depth three
+quarters of the stack's on the mean. The error is that of validation data, such a loop's at twice the stack's depth, its
+last value the final one. ``--loop`` says which of a task's loops it is.
 """
 
 from __future__ import annotations
