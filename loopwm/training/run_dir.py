@@ -25,6 +25,7 @@ PACKAGES = ("torch", "numpy", "gymnasium", "dm-control", "mujoco")  # whose vers
 FREE_ON_RESUME = {
     "frames", "run_dir", "resume", "eval_every", "eval_episodes", "log_every", "checkpoint_every", "keep_checkpoints",
     "video_every", "device", "threads", "workers", "replay.path", "agent.eval_samples",
+    "agent.eval_average",
 }  # fmt: skip
 
 
