@@ -48,6 +48,7 @@ from benchmarks.plots import plt, save_figure
 from benchmarks.tasks import TASKS, lab_parser
 
 QUICK_STEPS = 200
+Size = tuple[int, int | None]
 ENDS = {"at least ": " (no control of the ladder reaches it)", "at most ": " (all are better)"}
 COLORS = plt.get_cmap("tab20").colors
 
@@ -96,11 +97,21 @@ def evaluate(task: Task, name: str, recipe: Recipe, folder: Path, each: int) -> 
     return summary(recipe, folder) | {"model": name, "error": found}
 
 
+def by_size(rows: list[dict], model: str, measure: str) -> dict[Size, float]:
+    """(parameters, loops) -> mean error over seeds of each size of a model, small to large.
+
+    Loops of one width differ in their number alone, and have the same parameters.
+    """
+    found: dict[Size, list[float]] = {}
+    for row in rows:
+        if row["model"] == model:
+            found.setdefault((row["parameters"], row.get("loops")), []).append(row["error"][measure])
+    return {size: float(np.mean(errors)) for size, errors in sorted(found.items())}
+
+
 def means(rows: list[dict], model: str, measure: str) -> list[tuple[float, float]]:
     """(parameters, mean error over seeds) of each size of a model."""
-    mine = [row for row in rows if row["model"] == model]
-    sizes = {n: [r["error"][measure] for r in mine if r["parameters"] == n] for n in {r["parameters"] for r in mine}}
-    return [(n, float(np.mean(errors))) for n, errors in sorted(sizes.items())]
+    return [(n, error) for (n, _), error in by_size(rows, model, measure).items()]
 
 
 def draw_ladder(axes: plt.Axes, rows: list[dict], model: str, measure: str, style: str, color: str, label: str) -> None:
@@ -120,13 +131,15 @@ def draw(task: Task, rows: list[dict], path: Path) -> None:
     measures = list(rows[0]["error"])
     figure, panels = plt.subplots(1, len(measures), figsize=(3.6 + 4.2 * len(measures), 3.8), dpi=130, squeeze=False)
     for axes, measure in zip(panels[0], measures, strict=True):
-        for model, color in zip(task.ladder, COLORS, strict=False):
-            style = "o-" if task.models[model].shares else "x--"
-            draw_ladder(axes, rows, model, measure, style, color, model)
+        for place, model in enumerate(task.ladder):
+            marks = ("x", "o") if place < len(COLORS) else ("+", "s")  # twenty colours, and there may be more models
+            style = marks[1] + "-" if task.models[model].shares else marks[0] + "--"
+            draw_ladder(axes, rows, model, measure, style, COLORS[place % len(COLORS)], model)
         axes.set(xscale="log", yscale="log", xlabel="parameters", title=f"{task.name}: {measure}")
         axes.grid(alpha=0.25)
     panels[0][0].set_ylabel(task.error_name)
-    panels[0][-1].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1.0))  # off the dots
+    size = min(8.0, 8.0 * 19 / len(task.ladder))  # so many lines are as high as a panel
+    panels[0][-1].legend(fontsize=size, frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1.0))  # off the dots
     figure.tight_layout()
     save_figure(figure, path)
 
@@ -137,7 +150,7 @@ class Ratio(NamedTuple):
     error: float  # mean over seeds
     ratio: float
     kind: str
-    model: str
+    model: str  # with its loops, where it has another size of as many parameters
     parameters: int
     each: list[tuple[float, str]]  # (ratio, kind) of each seed against that seed's own controls
 
@@ -155,22 +168,24 @@ class Ratio(NamedTuple):
 
 
 def ratios(task: Task, rows: list[dict], measure: str) -> list[Ratio]:
-    """One for each looped model of the ladder and each of its sizes."""
-    looped = [name for name, recipe in task.models.items() if recipe.shares and name in task.ladder]
+    """One for each model of the ladder that shares weights and each of its sizes."""
+    sharing = [name for name, recipe in task.models.items() if recipe.shares and name in task.ladder]
 
-    def compare(some: list[dict], name: str, n: int) -> tuple[float, tuple[float, str]]:
-        controls = [p for model in task.ladder if model not in looped for p in means(some, model, measure)]
-        error = dict(means(some, name, measure))[n]
-        size, kind = parameters_for(error, controls)
-        return error, (size / n, kind)
+    def compare(some: list[dict], name: str, size: Size) -> tuple[float, tuple[float, str]]:
+        controls = [p for model in task.ladder if model not in sharing for p in means(some, model, measure)]
+        error = by_size(some, name, measure)[size]
+        needed, kind = parameters_for(error, controls)
+        return error, (needed / size[0], kind)
 
     by_seed = [[row for row in rows if row["seed"] == seed] for seed in sorted({row["seed"] for row in rows})]
     found = []
-    for name in looped:
-        for n, _ in means(rows, name, measure):
-            error, (ratio, kind) = compare(rows, name, n)
-            each = [compare(mine, name, n)[1] for mine in by_seed]
-            found.append(Ratio(error, ratio, kind, name, n, each))
+    for name in sharing:
+        known = by_size(rows, name, measure)
+        for n, loops in known:
+            error, (ratio, kind) = compare(rows, name, (n, loops))
+            each = [compare(mine, name, (n, loops))[1] for mine in by_seed]
+            alone = sum(n == other for other, _ in known) == 1
+            found.append(Ratio(error, ratio, kind, name if alone else f"{name}, {loops} loops", n, each))
     return found
 
 
@@ -180,7 +195,11 @@ def verdict(task: Task, rows: list[dict]) -> tuple[dict, str]:
     for measure in rows[0]["error"]:
         found = ratios(task, rows, measure)
         for r in found:
-            mine = [x["error"][measure] for x in rows if (x["model"], x["parameters"]) == (r.model, r.parameters)]
+            mine = [
+                x["error"][measure]
+                for x in rows
+                if x["parameters"] == r.parameters and r.model in (x["model"], f"{x['model']}, {x.get('loops')} loops")
+            ]
             headline[f"{measure}: error, {r.model}, {r.parameters} parameters"] = interval(mine)
             of_seeds = [ratio for ratio, _ in r.each]
             sizes = {"value": r.ratio, "low": min(of_seeds), "high": max(of_seeds)}

@@ -487,6 +487,22 @@ def test_the_ratio_says_when_no_control_reaches_the_loop_and_when_the_loop_loses
     assert "is not shown to need fewer" in tiny
 
 
+def test_sizes_that_differ_in_their_loops_alone_are_not_taken_together():
+    def row(model: str, parameters: int, loops: int, error: float) -> dict:
+        return {"model": model, "parameters": parameters, "loops": loops, "seed": 0, "error": {"all": error}}
+
+    rows = [row("stacked", n, 16, 40.0 / n) for n in (100, 1000, 10_000)]
+    rows += [row("looped", 400, 4, 0.1), row("looped", 400, 8, 0.01), row("looped", 200, 8, 0.1)]
+    found = parameter_efficiency.verdict(Sandpile(), rows)[0]
+    ratios = {name: x["value"] for name, x in found.items() if "ratio" in name}
+    assert ratios == {
+        "all: ratio, looped, 4 loops, 400 parameters": pytest.approx(1.0),
+        "all: ratio, looped, 8 loops, 400 parameters": pytest.approx(10.0),
+        "all: ratio, looped, 200 parameters": pytest.approx(2.0),
+    }
+    assert found["all: error, looped, 8 loops, 400 parameters"]["value"] == 0.01
+
+
 @pytest.mark.parametrize("worst, wins", [(0.09, True), (0.11, False)])
 def test_the_loop_needs_fewer_parameters_only_if_every_seed_says_so(worst, wins):
     """A front of one slope: ten times the parameters have a tenth of the error. The loop has 400 parameters."""
