@@ -274,8 +274,10 @@ class TimeWarp(VectorTask):
     """One decision of ``loopwm/TimeWarp``: an action held for 1 to 16 control steps, of which at most 8 in training."""
 
     models = MODELS | STEPWISE | SKIPPING | REPEATED
-    ladder = LADDER | dict.fromkeys([*STEPWISE, *SKIPPING], ((64, 8),)) | {"stacked, skip": ((32, 4), (64, 4), (64, 8))}
-    ladder |= REPEATED_LADDER
+    ladder = LADDER | dict.fromkeys([*STEPWISE, *SKIPPING], ((64, 8),)) | REPEATED_LADDER
+    # Controls as small as the repeated ones too.
+    ladder |= {"stacked": ((16, 4), (16, 8), *LADDER["stacked"]), "deep_thin": ((32, 8), (64, 8))}
+    ladder |= {"stacked, skip": ((16, 4), (32, 4), (64, 4), (64, 8))}
     unit, trained = "held control steps", 8
     bins = ((1, 2), (3, 4), (5, 8), (9, 12), (13, 16))
 
