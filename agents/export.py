@@ -87,8 +87,7 @@ def restore_exported(agent: Any, tensors: dict[str, torch.Tensor], acted: int) -
     for part, module in parts.items():
         own = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.partition(".")[0] == part}
         module.load_state_dict(own)
-    for copy, module in ((agent.world_model, "model"), (agent.policy_target, "policy"), (agent.value_target, "value")):
-        copy.load_state_dict(parts[module].state_dict())
+    agent.world_model.load_state_dict(agent.slow_model.state_dict())
     agent.acted = acted
 
 
@@ -97,9 +96,7 @@ def _parts(agent: Any) -> dict[str, torch.nn.Module]:
 
 
 def _acting(agent: Any) -> dict[str, torch.Tensor]:
-    """What evaluations act with."""
-    parts = _parts(agent.evaluator())
-    return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
+    return {f"{part}.{name}": t for part, module in _parts(agent).items() for name, t in module.state_dict().items()}
 
 
 def main(arguments: list[str]) -> int:

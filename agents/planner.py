@@ -96,17 +96,6 @@ class PlannerAgent(ActingAgent):
         self.resets, self.caught_up = 0, 0  # multiples of reset_every that were passed, updates made for them
         self._beginning = {name: copy.deepcopy(o.state_dict()) for name, o in self._optimizers().items()}
 
-    def evaluator(self) -> PlannerAgent:
-        """See ``ActingAgent.evaluator``; with ``eval_average`` by the targets of policy and value.
-
-        They are means over the last 1 / ``tau`` updates or so (Polyak, Juditsky 1992), and lack what the last of them
-        happened to do: a hundredth or two of a return (docs/ablations.md).
-        """
-        view = super().evaluator()
-        if self.config.eval_average:
-            view.policy, view.value = self.policy_target, self.value_target
-        return view
-
     # ---- learning -----------------------------------------------------------------------------------------------
 
     def learn(self, replay: Any, agent_steps: int) -> dict[str, float] | None:

@@ -15,8 +15,7 @@ Each run plays episodes by its policy alone, and what it imagined on the way is 
   bias is its doing;
 - plan: how far apart the scores of the sequences that one plan draws lie, and how far the value at the end of an
   imagined sequence lies from that of the state which really came, which should be less;
-- policy and planner: their returns on the same episodes, the planner's also by policy and value as they last were, not
-  by the averages that evaluations act by (``eval_average``).
+- policy and planner: their returns on the same episodes.
 """
 
 from __future__ import annotations
@@ -191,10 +190,10 @@ def diagnose(run_dir: Path, episodes: int) -> dict[str, Any]:
     policy = turned(agent, plan_samples=0)
     envs = (cfg.task.id, cfg.task.action_repeat)
     data, depth = play(policy, *envs, episodes), cfg.agent.plan_loops or None
-    acting = {"policy": policy, "planner": agent}
-    if agent.config.eval_average:
-        acting["planner, not averaged"] = turned(agent, eval_average=False)
-    found = {f"return, {name}": float(episode_returns(one, *envs, episodes).mean()) for name, one in acting.items()}
+    found = {
+        f"return, {name}": float(episode_returns(one, *envs, episodes).mean())
+        for name, one in (("policy", policy), ("planner", agent))
+    }
     found |= value_errors(policy, data)
     noisy = value_errors(policy, play(policy, *envs, episodes, noisy=True))
     found |= {f"{name}, with the target's noise": noisy[name] for name in noisy if "return" in name}

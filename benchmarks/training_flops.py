@@ -30,7 +30,7 @@ def variants(task: Task, steps: int, loop: str = "looped") -> dict[str, Recipe]:
     """Name -> recipe of a loop, by its name in ``task.models``; halved, its two layers stand for two of its loops."""
     loop = replace(task.models[loop], steps=steps)
     half = {"loops": loop.loops // 2, "free_loops": loop.free_loops // 2, "layers": (1, 2, 1)}
-    whole = task.models.get("looped, linear, repeated")
+    whole = task.models.get("looped, linear, repeated") if loop.mode == "linear" else None
     return {
         CONTROL: replace(task.models[CONTROL], steps=steps),
         "one layer looped": loop,

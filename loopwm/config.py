@@ -197,7 +197,6 @@ class PlannerConfig(Section):
     explore_correlation: Share = 0.6  # correlation of the noise from step to step, in [0, 1]
     plan_samples: Whole = 256  # action sequences of a plan's first iteration, count; 0: the policy acts alone
     eval_samples: Whole = 64  # the most of them while evaluating, count
-    eval_average: bool = True  # evaluate by the moving averages of policy and value that are their targets, yes or no
     plan_exhaustive: bool = False  # score all sequences of discrete actions instead, if no more than those, yes or no
     plan_iterations: Count = 1  # times a plan is fitted, count; after the first with a quarter of the samples
     plan_horizon: Count = 3  # how far a plan looks ahead, agent steps
@@ -303,7 +302,6 @@ def _as_before(tree: object) -> object:
     smoothed = agent.get("smooth_std", 0.2)  # the share too, and as one whatever was above it
     smoothed = min(smoothed, 1.0) if isinstance(smoothed, (int, float)) else 0.2
     always = {"priority": 0.0, "novelty_spread": 0.0, "value_loss": "two_hot", "smooth_share": smoothed}
-    always["eval_average"] = False
     return tree | {"agent": always | value_alone | planned | agent}
 
 

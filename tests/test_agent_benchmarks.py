@@ -194,20 +194,6 @@ def test_intervals_of_the_same_runs_are_the_same_again():
     assert first == second
 
 
-def test_a_run_is_diagnosed_by_its_averages_and_without(tmp_path, monkeypatch):
-    forbid_filming(monkeypatch)
-    words = [*TINY, "task=gym/Pendulum-v1", "frames=40", "eval_every=1000", "checkpoint_every=40", "eval_episodes=1"]
-    assert run(tmp_path / "run", *words) == 0
-    played = []
-    actual = diagnose.episode_returns
-    monkeypatch.setattr(diagnose, "episode_returns", lambda agent, *x: played.append(agent) or actual(agent, *x))
-    found = diagnose.diagnose(tmp_path / "run", 2)
-    policy, planner, last = (agent.evaluator() for agent in played)
-    assert policy.policy is planner.policy is last.policy_target and last.policy is not last.policy_target
-    assert last.value is not last.value_target and policy.config.plan_samples == 0
-    assert {"return, policy", "return, planner", "return, planner, not averaged", "reward, 3 ahead"} <= set(found)
-
-
 def test_a_run_that_cannot_be_diagnosed_ends_in_one_line(tmp_path, capsys):
     assert diagnose.main([str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -635,30 +635,13 @@ def test_evaluation_is_deterministic_and_disturbs_nothing(plan_loops, discrete):
         assert (kept == moved).all()
 
 
-@pytest.mark.parametrize("average", [False, True])
-def test_evaluator_sees_later_training(average):
-    agent, replay = make(plan_samples=0, eval_average=average), filled_replay()
+def test_evaluator_sees_later_training():
+    agent, replay = make(plan_samples=0), filled_replay()
     view = agent.evaluator()
     before = view.act(observations())
     agent.update(replay)
-    acts = (view.act(observations()) == agent.act(observations())).all()
-    assert acts != average, "the average is not what exploring acts by"
+    assert (view.act(observations()) == agent.act(observations())).all()
     assert (view.act(observations()) != before).any()
-
-
-def test_evaluations_act_by_the_averages_of_policy_and_value(monkeypatch):
-    agent, asked = make(plan_collect=True, seed_steps=0), []
-    view, alone = agent.evaluator(), make(plan_collect=True, seed_steps=0, eval_average=False)
-    assert (view.policy, view.value) == (agent.policy_target, agent.value_target)
-    assert alone.evaluator().policy is alone.policy and alone.evaluator().value is alone.value
-    for part in (agent.policy_target, agent.value_target, agent.policy, agent.value):
-        before = part.forward
-        monkeypatch.setattr(part, "forward", lambda *x, part=part, before=before: asked.append(part) or before(*x))
-    view.act(observations())
-    assert set(asked) == {agent.policy_target, agent.value_target}
-    asked.clear()
-    agent.act(observations(), explore=True)
-    assert set(asked) == {agent.policy, agent.value}
 
 
 def test_an_evaluation_plans_with_at_most_its_own_samples(monkeypatch):

@@ -264,6 +264,27 @@ def test_a_timed_loop_takes_as_many_loops_as_the_example_is_difficult(tmp_path):
     assert depth_extrapolation.depths_of(free) == [1, 2, 4, 8, 16, 64]
 
 
+def test_a_repeated_model_is_one_control_step_as_often_as_the_hold_says(tmp_path):
+    task = SmallTimeWarp(tmp_path, "cartpole-swingup")
+    recipe = replace(task.models["looped, linear, repeated"], hidden=4, steps=3, loops=2)
+    assert recipe.shares and not recipe.timed and recipe.depth(4) == 2 and "repeated" in recipe.name
+    assert replace(task.models["stacked, repeated"]).shares and not task.models["stacked"].shares
+    data = task.examples(4, 16, lab.TEST)
+    once, times = task.held(data.inputs[1][:, 0])
+    assert torch.equal(times, data.difficulty) and int(times.max()) > task.trained
+    model = lab.load(task, recipe, lab.train(task, recipe, tmp_path).parent)
+    assert model.dynamics.most == 16 and model.dynamics.step.mean_loops == 2
+    with torch.no_grad():
+        found, z = model(*data.inputs, depth=recipe.depth())[0][:, 0], data.inputs[0][:1]
+        for _ in range(int(times[0])):
+            z = model.dynamics.step(z, once[:1], 2).z_next
+    torch.testing.assert_close(found[:1], z)
+    variants = training_flops.variants(task, 7, "looped, linear, fixed depth")
+    whole = variants["all of it looped"]
+    assert (whole.loops, whole.steps, whole.repeated) == (2, 7, True)
+    assert "all of it looped" not in training_flops.variants(task, 7, "looped")
+
+
 def test_timewarp_trains_on_short_holds_and_shows_the_model_what_happened(tmp_path):
     task = SmallTimeWarp(tmp_path, "cartpole-swingup")
     train, test = task.training_set(), task.examples(50, 99, lab.TEST)

@@ -87,15 +87,39 @@ def test_a_training_depth_is_drawn_once_and_serves_every_application():
     depth = dynamics.sample_depth(B, torch.Generator().manual_seed(0))
     assert isinstance(depth, DepthSchedule) and len(set(depth.loops.tolist())) > 1
     assert torch.equal(dynamics(z, action, depth).loops, 3 * depth.loops)
+    assert torch.equal(depth.loops, dynamics.step.sample_depth(B, torch.Generator().manual_seed(0)).loops)
 
 
-def test_it_says_of_its_step_what_that_is_bound_to():
+def test_it_says_of_its_step_what_that_is_bound_to(monkeypatch):
     dynamics, (z, action) = made(), batch()
     assert dynamics.lipschitz_bound() == dynamics.step.lipschitz_bound() < 1
-    assert 0 < dynamics.measured_contraction(z, action) <= dynamics.lipschitz_bound()
+    for loops in (None, 3):
+        measured = dynamics.measured_contraction(z, action, loops)
+        assert 0 < measured == dynamics.step.measured_contraction(z, action[:, :-1], loops)
     assert (dynamics.mean_loops, dynamics.max_loops) == (4, 8)
-    with dynamics.frozen():
-        assert torch.equal(dynamics(z, action, 2).z_next, dynamics(z, action, 2).z_next)
+    folds, fold = [], dynamics.step.cell.fold
+    monkeypatch.setattr(dynamics.step.cell, "fold", lambda: folds.append(1) or fold())
+    with torch.no_grad(), dynamics.frozen():
+        dynamics(z, action, 2)
+    assert len(folds) == 1, "the weights of all applications are folded once"
+
+
+def test_the_penalty_is_the_mean_over_the_applications():
+    dynamics, (z, action) = made(mode="soft"), batch(torch.full((B,), 2))
+    assert made().forward(z, action, 2).penalised is False
+    drawn = dynamics(z, action, 2).jacobian_penalty(torch.Generator().manual_seed(5))
+    stream, first = torch.Generator().manual_seed(5), dynamics.step(z, action[:, :-1], 2)
+    second = dynamics.step(first.z_next, action[:, :-1], 2)
+    each = [out.jacobian_penalty(stream) for out in (first, second)]
+    torch.testing.assert_close(drawn, (each[0] + each[1]) / 2)
+
+
+def test_grids_are_repeated_too():
+    torch.manual_seed(0)
+    dynamics = RepeatedDynamics(LoopedDynamics(Z, A, D, block="conv"), split, MOST)
+    z, action = torch.randn(2, Z, 3, 3), torch.tensor([[0.1, 0.2, 0.3, 1.0], [0.4, 0.5, 0.6, 3.0]])
+    out = dynamics(z, action, 2)
+    assert out.z_next.shape == z.shape and out.h.shape == (2, dynamics.state_dim, 3, 3)
 
 
 def test_what_it_refuses():
@@ -104,8 +128,12 @@ def test_what_it_refuses():
         dynamics(z, action, 2, torch.zeros(B, D))
     with pytest.raises(ValueError, match="at least 1"):
         dynamics(z, torch.cat([action[:, :-1], torch.zeros(B, 1)], -1), 2)
+    with pytest.raises(ValueError, match="at most 5 times, got 6"):
+        dynamics(z, torch.cat([action[:, :-1], torch.full((B, 1), 6.0)], -1), 2)
     with pytest.raises(ValueError, match="depth must be at least 1"):
         dynamics(z, action, 0)
+    with pytest.raises(ValueError, match="prediction of a world model"):
+        made(halting="prediction")
     with pytest.raises(ValueError, match="entries for a batch"):
         dynamics(z, action, torch.ones(B + 1, dtype=torch.long))
 

@@ -25,7 +25,6 @@ PACKAGES = ("torch", "numpy", "gymnasium", "dm-control", "mujoco")  # whose vers
 FREE_ON_RESUME = {
     "frames", "run_dir", "resume", "eval_every", "eval_episodes", "log_every", "checkpoint_every", "keep_checkpoints",
     "video_every", "device", "threads", "workers", "replay.path", "agent.eval_samples",
-    "agent.eval_average",
 }  # fmt: skip
 
 
@@ -65,8 +64,8 @@ def claimed(run_dir: Path, lock: IO[str], named: bool) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if not named and [path.name for path in run_dir.iterdir()] == [".lock"]:
-                with contextlib.suppress(OSError):  # the error that is on its way says more
+            with contextlib.suppress(OSError):  # the error that is on its way says more
+                if not named and [path.name for path in run_dir.iterdir()] == [".lock"]:
                     (run_dir / ".lock").unlink()
                     run_dir.rmdir()
             raise
