@@ -134,6 +134,8 @@ def test_what_it_refuses():
         dynamics(z, action, 0)
     with pytest.raises(ValueError, match="prediction of a world model"):
         made(halting="prediction")
+    with pytest.raises(ValueError, match="tensor of integers"):
+        dynamics(z, action, torch.tensor(3))
     with pytest.raises(ValueError, match="entries for a batch"):
         dynamics(z, action, torch.ones(B + 1, dtype=torch.long))
 

@@ -20,6 +20,7 @@ class RepeatedDynamics(nn.Module):
 
     For steps whose action says how many equal ones they are made of, such as one that is held for n control steps; of
     vectors z (B, Z) or grids (B, Z, S, S).
+
     The loops of ``LoopedDynamics`` read z once and carry h; here it is the latent that is carried from one application
     to the next: a plain recurrence in z, whose step f may loop by itself. Samples that are done leave the batch.
 
@@ -57,7 +58,9 @@ class RepeatedDynamics(nn.Module):
         plan = DepthSchedule(times)
         if len(plan.active) > self.most:
             raise ValueError(f"a step is repeated at most {self.most} times, got {len(plan.active)}")
-        if isinstance(depth, (Tensor, DepthSchedule)) and len(depth) != len(z):
+        if isinstance(depth, Tensor):
+            depth = DepthSchedule(depth)
+        if isinstance(depth, DepthSchedule) and len(depth) != len(z):
             raise ValueError(f"depth has {len(depth)} entries for a batch of {len(z)}")
         if plan.order is not None:
             z, once, depth = z[plan.order], once[plan.order], _rows(depth, plan.order)
