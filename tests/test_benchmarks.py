@@ -647,9 +647,8 @@ def test_seeds_are_added_to_an_earlier_result_at_its_rates(tmp_path, monkeypatch
     lost = [first | {"error": dict.fromkeys(first["error"])}, *others]
     (tmp_path / "lost.json").write_text(json.dumps(one | {"rows": lost}), encoding="utf-8")
     again = run(f"--seeds 2 --more-of {tmp_path / 'lost.json'}", "b.json")
-    ratio = next(
-        name for name in again["headline"] if name.endswith(f"ratio, looped, {first['parameters']} parameters")
-    )
+    end = f"ratio, looped, {first['parameters']} parameters"
+    ratio = next(name for name in again["headline"] if name.endswith(end))
     assert again["rows"][:3] == lost and "at most" in ratio
     shorter = [row | {"error": dict(list(row["error"].items())[:1])} for row in one["rows"]]
     (tmp_path / "few.json").write_text(json.dumps(one | {"rows": shorter}), encoding="utf-8")
