@@ -8,8 +8,8 @@ Loops of several widths and a ladder of controls learn one step of a world, or f
 control is better an upper one. It is read off the mean errors, and off those of each seed, all of which must agree
 before the loop is said to need fewer. ``--more-of`` an earlier result keeps its rows and learning rates and trains the
 seeds and sizes that it lacks; rows that lack an error are measured anew, and trained anew where their weights are gone.
-A model's rate is the best on validation data after a quarter of the steps, which favours large ones; with ``--rates-in-
-full`` each size has its own, by whole trainings.
+A model's rate is the best on validation data after a quarter of the steps, which favours large ones; with
+``--rates-in-full`` each size has its own, by whole trainings.
 """
 
 from __future__ import annotations
@@ -153,6 +153,7 @@ class Ratio(NamedTuple):
     model: str  # with its loops, where it has another size of as many parameters
     parameters: int
     each: list[tuple[float, str]]  # (ratio, kind) of each seed against that seed's own controls
+    errors: list[float]  # of each seed
 
     @property
     def fewer(self) -> bool:
@@ -183,9 +184,9 @@ def ratios(task: Task, rows: list[dict], measure: str) -> list[Ratio]:
         known = by_size(rows, name, measure)
         for n, loops in known:
             error, (ratio, kind) = compare(rows, name, (n, loops))
-            each = [compare(mine, name, (n, loops))[1] for mine in by_seed]
+            errors, each = map(list, zip(*(compare(mine, name, (n, loops)) for mine in by_seed), strict=True))
             alone = sum(n == other for other, _ in known) == 1
-            found.append(Ratio(error, ratio, kind, name if alone else f"{name}, {loops} loops", n, each))
+            found.append(Ratio(error, ratio, kind, name if alone else f"{name}, {loops} loops", n, each, errors))
     return found
 
 
@@ -195,12 +196,7 @@ def verdict(task: Task, rows: list[dict]) -> tuple[dict, str]:
     for measure in rows[0]["error"]:
         found = ratios(task, rows, measure)
         for r in found:
-            mine = [
-                x["error"][measure]
-                for x in rows
-                if x["parameters"] == r.parameters and r.model in (x["model"], f"{x['model']}, {x.get('loops')} loops")
-            ]
-            headline[f"{measure}: error, {r.model}, {r.parameters} parameters"] = interval(mine)
+            headline[f"{measure}: error, {r.model}, {r.parameters} parameters"] = interval(r.errors)
             of_seeds = [ratio for ratio, _ in r.each]
             sizes = {"value": r.ratio, "low": min(of_seeds), "high": max(of_seeds)}
             headline[f"{measure}: {r.kind}ratio, {r.model}, {r.parameters} parameters"] = {

@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -193,9 +194,10 @@ class VectorTask(Task):
         mean, std = self.scale
         return (torch.from_numpy(obs) - mean) / std
 
-    def model(self, recipe: Recipe) -> VectorModel:
+    def model(self, recipe: Recipe, **repeated: Any) -> VectorModel:
+        """``repeated`` are the arguments of ``VectorModel`` for repeated recipes."""
         data = self.steps(TRAINING)
-        return VectorModel(recipe, data["obs"].shape[-1], self.action_dim(data))
+        return VectorModel(recipe, data["obs"].shape[-1], self.action_dim(data), **repeated)
 
     def action_dim(self, data: dict[str, np.ndarray]) -> int:
         return data["action"].shape[-1]
@@ -286,8 +288,7 @@ class TimeWarp(VectorTask):
         self.name, self.env_id = f"timewarp-{task}", f"gym/loopwm/TimeWarp-{task}-v0"
 
     def model(self, recipe: Recipe) -> VectorModel:
-        data = self.steps(TRAINING)
-        return VectorModel(recipe, data["obs"].shape[-1], self.action_dim(data), self.held, 2 * self.trained)
+        return super().model(recipe, split=self.held, most=2 * self.trained)
 
     def held(self, action: Tensor) -> tuple[Tensor, Tensor]:
         """What ``decisions`` made of an action (n, A) -> (the action itself (n, A - 1), its control steps (n,))."""

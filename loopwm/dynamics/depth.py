@@ -37,6 +37,14 @@ class DepthSchedule:
         counts = torch.bincount(values)  # (max + 1,)
         self.active: list[int] = counts.flip(0).cumsum(0).flip(0)[1:].tolist()
 
+    @classmethod
+    def of(cls, depth: Tensor | DepthSchedule, batch: int) -> DepthSchedule:
+        """The schedule of a (B,) tensor of depths, or the given one. Raises ValueError: not of ``batch`` samples."""
+        schedule = depth if isinstance(depth, DepthSchedule) else cls(depth)
+        if len(schedule) != batch:
+            raise ValueError(f"depth has {len(schedule)} entries for a batch of {batch}")
+        return schedule
+
     def rows(self, loop: Tensor) -> Tensor:
         """(B,) where loop number ``loop`` (B,), from 0, of each sample stands among the rows of all loops."""
         starts = torch.tensor([0, *self.active]).cumsum(0).to(self.loops.device)  # row where loop t begins

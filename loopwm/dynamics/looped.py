@@ -153,10 +153,7 @@ class LoopedDynamics(nn.Module):
             return self._loop_exact(loop, h, depth)
         if not isinstance(depth, (torch.Tensor, DepthSchedule)):
             return self._loop_exact(loop, h, _whole(depth))
-        schedule = depth if isinstance(depth, DepthSchedule) else DepthSchedule(depth)
-        if len(schedule) != h.shape[0]:
-            raise ValueError(f"depth has {len(schedule)} entries for a batch of {h.shape[0]}")
-        return self._loop_scheduled(loop, h, schedule)
+        return self._loop_scheduled(loop, h, DepthSchedule.of(depth, h.shape[0]))
 
     def _loop_exact(self, loop: Loop, h: Tensor, depth: int) -> LoopResult:
         if depth < 1:

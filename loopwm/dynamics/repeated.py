@@ -58,10 +58,8 @@ class RepeatedDynamics(nn.Module):
         plan = DepthSchedule(times)
         if len(plan.active) > self.most:
             raise ValueError(f"a step is repeated at most {self.most} times, got {len(plan.active)}")
-        if isinstance(depth, Tensor):
-            depth = DepthSchedule(depth)
-        if isinstance(depth, DepthSchedule) and len(depth) != len(z):
-            raise ValueError(f"depth has {len(depth)} entries for a batch of {len(z)}")
+        if isinstance(depth, (Tensor, DepthSchedule)):
+            depth = DepthSchedule.of(depth, len(z)).loops.to(z.device)  # it may have been drawn on the CPU
         if plan.order is not None:
             z, once, depth = z[plan.order], once[plan.order], _rows(depth, plan.order)
         outs: list[DynamicsOutput] = []
@@ -113,8 +111,4 @@ class RepeatedDynamics(nn.Module):
 
 def _rows(depth: Depth, rows: Tensor | slice) -> Depth:
     """The depth of some samples, where each has its own."""
-    if isinstance(depth, DepthSchedule):
-        depth = depth.loops
-    if not isinstance(depth, Tensor):
-        return depth
-    return depth[rows.to(depth.device) if isinstance(rows, Tensor) else rows]  # it may have been drawn on the CPU
+    return depth[rows] if isinstance(depth, Tensor) else depth
