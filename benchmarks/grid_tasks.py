@@ -178,7 +178,7 @@ class Sandpile(GridTask):
     ladder = LADDER | {
         SUP_NORM: ((16, 16),),
         "stacked, of the same cells": ((16, 4), (16, 8), (16, 16)),
-        "stacked, of the same cells, uncertified": ((16, 4), (16, 8), (16, 16)),
+        "stacked, of the same cells, uncertified": ((16, 4), (16, 8), (16, 12), (16, 16)),
         "looped, untold": ((32, 16),),
         **dict.fromkeys((RANK, f"{SUP_NORM}, untold", f"{RANK}, untold"), ((16, 16),)),
     }
