@@ -125,6 +125,23 @@ def report(
         args.json.write_text(text + "\n", encoding="utf-8")
 
 
+def earlier_rows(path: Path, benchmark: str, task: str) -> list[dict[str, Any]]:
+    """The rows of a result that ``report`` wrote.
+
+    Raises:
+        ValueError: it is none of this benchmark, or of its ``--quick``, or of another task.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        rows = [dict(row) for row in result["rows"]]
+        whole = rows and result["benchmark"] == benchmark and not result["quick"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no result of this benchmark ({type(error).__name__})") from None
+    if not whole or result.get("task", task) != task:  # files of before say it by their own name alone
+        raise ValueError(f"{path}: not a whole result of this benchmark on {task}")
+    return rows
+
+
 def training_run(
     runs: Path, task: str, dynamics: str, seed: int, frames: int, settings: Sequence[str]
 ) -> tuple[Path, list[str]]:

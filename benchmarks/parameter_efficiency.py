@@ -15,7 +15,6 @@ A model's rate is the best on validation data after a quarter of the steps, whic
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -25,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.harness import interval, report
+from benchmarks.harness import earlier_rows, interval, report
 from benchmarks.lab import (
     FLOOR,
     IN_A_ROW,
@@ -213,23 +212,20 @@ def verdict(task: Task, rows: list[dict]) -> tuple[dict, str]:
     return headline, " ".join(sentences)
 
 
-def earlier_rows(task: Task, path: Path, steps: int | None) -> dict[tuple[str, Recipe], dict]:
+def earlier_sizes(task: Task, path: Path, steps: int | None) -> dict[tuple[str, Recipe], dict]:
     """(model, recipe) -> row of an earlier result, all of sizes of the ladder after ``steps`` (None: the task's).
 
     Raises:
         ValueError: it is none of this benchmark, of this task, or of so many steps.
     """
+    found = earlier_rows(path, "parameter_efficiency", task.name)
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        rows = {(row["model"], recipe_of(row)): row for row in result["rows"] if row["error"]}
+        rows = {(row["model"], recipe_of(row)): row for row in found if row["error"]}
         for row in rows.values():  # JSON has no infinity: None is of a training that diverged
             row["error"] = {name: math.inf if error is None else error for name, error in row["error"].items()}
-        whole = rows and result["benchmark"] == "parameter_efficiency" and not result["quick"]
         parameters = {key: row["parameters"] for key, row in rows.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no result of this benchmark ({type(error).__name__})") from None
-    if not whole or result.get("task", task.name) != task.name:  # files of before say it by their own name alone
-        raise ValueError(f"{path}: not a whole result of this benchmark on {task.name}")
     for name, recipe in rows:
         base = task.models.get(name) if (recipe.hidden, recipe.loops) in task.ladder.get(name, ()) else None
         free = {key: getattr(recipe, key) for key in ("hidden", "loops", "seed", "learning_rate")}
@@ -291,7 +287,7 @@ def main(arguments: list[str]) -> None:
     asked = tuple(args.sizes or ())
     task.ladder = {name: tuple(dict.fromkeys((*some, *asked))) for name, some in task.ladder.items()}
     try:
-        earlier = earlier_rows(task, args.more_of, args.steps) if args.more_of else {}
+        earlier = earlier_sizes(task, args.more_of, args.steps) if args.more_of else {}
     except ValueError as error:
         p.error(f"--more-of {error}")
     if earlier and args.quick:

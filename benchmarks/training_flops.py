@@ -5,7 +5,8 @@ where a task has models that are repeated, all of it looped: prelude, two loops,
 difficulty; beside the stack of equal FLOPs (``benchmarks.lab``). FLOPs are torch's own count of whole updates (forward
 passes without gradient too), the mean of several at depths as training draws them: for a loop of random depth three
 quarters of the stack's on the mean. The error is that of validation data, such a loop's at twice the stack's depth, its
-last value the final one. ``--loop`` says which of a task's loops it is.
+last value the final one. ``--loop`` says which of a task's loops it is. ``--more-of`` an earlier result keeps its
+seeds and learning rates and trains the seeds that it lacks.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import interval, report
-from benchmarks.lab import FLOOR, Recipe, Task, choose_rates, learning_curve, summary, train_all
+from benchmarks.harness import earlier_rows, interval, report
+from benchmarks.lab import FLOOR, Recipe, Task, choose_rates, learning_curve, recipe_of, summary, train_all
 from benchmarks.plots import plt, save_figure
 from benchmarks.tasks import TASKS, lab_parser
 
@@ -81,6 +82,27 @@ def evaluate(task: Task, plan: dict[str, Recipe], seed: int, folder: Path, flops
     return rows
 
 
+def earlier_seeds(task: Task, plan: dict[str, Recipe], path: Path) -> dict[int, dict[str, dict]]:
+    """Seed -> variant -> row of an earlier result on the recipes of ``plan``, at any learning rate.
+
+    Raises:
+        ValueError: it is none of this benchmark, task or recipes, or a seed of it lacks a variant.
+    """
+    found: dict[int, dict[str, dict]] = {}
+    try:
+        for row in earlier_rows(path, "training_flops", task.name):
+            recipe, base = recipe_of(row), plan.get(row["variant"])
+            if base is None or recipe != replace(base, seed=recipe.seed, learning_rate=recipe.learning_rate):
+                raise ValueError(f"{path}: {row['variant']!r} is not of these steps, or of another loop")
+            found.setdefault(recipe.seed, {})[row["variant"]] = row | {"curve": [tuple(at) for at in row["curve"]]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no result of this benchmark ({type(error).__name__})") from None
+    short = [name for rows in found.values() for name in plan if name not in rows]
+    if short:
+        raise ValueError(f"{path}: lacks {short[0]!r}")
+    return found
+
+
 def draw(task: Task, rows: list[dict], path: Path) -> None:
     """Validation error against training FLOPs, mean and range over seeds."""
     figure, axes = plt.subplots(figsize=(6.4, 3.8), dpi=130)
@@ -127,6 +149,7 @@ def main(arguments: list[str]) -> None:
     p.add_argument(
         "--loop", default="looped", metavar="NAME", help="of the task's loops of one layer (default: %(default)s)"
     )
+    p.add_argument("--more-of", type=Path, metavar="FILE", help="an earlier result of this task, to add seeds")
     args = p.parse_args(arguments)
     task, folder = TASKS[args.task](args.runs), args.runs / args.task
     # A timed or repeated loop cannot be halved, and one of more layers has no variant with fewer.
@@ -136,13 +159,24 @@ def main(arguments: list[str]) -> None:
         p.error(f"--loop: one of {', '.join(map(repr, loops))}")
     seeds = range(1) if args.quick else range(args.seeds)
     plan = variants(task, args.steps or (240 if args.quick else task.models[args.loop].steps), args.loop)
-    if not args.quick:
+    if args.more_of and args.quick:
+        p.error("--more-of: not with --quick")
+    try:
+        earlier = earlier_seeds(task, plan, args.more_of) if args.more_of else {}
+    except ValueError as error:
+        p.error(f"--more-of {error}")
+    if earlier:
+        plan, args.rates = {name: recipe_of(row) for name, row in next(iter(earlier.values())).items()}, None
+    elif not args.quick:
         plan = choose_rates(task, plan, folder, args)
-    train_all(
-        task, [replace(recipe, seed=seed) for seed in seeds for recipe in plan.values()], folder, args.jobs, args.device
-    )
+    new = [seed for seed in seeds if seed not in earlier]
+    train_all(task, [replace(r, seed=seed) for seed in new for r in plan.values()], folder, args.jobs, args.device)
     flops = {name: flops_of_update(task, recipe) for name, recipe in plan.items()}
-    rows = [row for seed in seeds for row in evaluate(task, plan, seed, folder, flops)]
+    rows = [
+        row
+        for seed in seeds
+        for row in (earlier[seed].values() if seed in earlier else evaluate(task, plan, seed, folder, flops))
+    ]
     if args.figure:
         draw(task, rows, args.figure)
     report("training_flops", args, seeds, rows, *verdict(rows))

@@ -95,3 +95,34 @@ def test_training_flops(run):
     assert by_name["stacked"]["steps_to_goal"] is not None
     assert by_name["stacked"]["speedup"] == 1.0  # it is measured against itself
     assert all(row["flops_per_update"] > 0 and row["curve"] for row in by_name.values())
+
+
+def test_training_flops_adds_seeds_to_an_earlier_result(run, tmp_path):
+    """At its rates and beside its rows, which stay as they are; what is not of these recipes is refused."""
+    one = run(training_flops)
+    rows = [row | {"learning_rate": 0.003} for row in one["rows"]]
+    known, wrong = tmp_path / "known.json", tmp_path / "wrong.json"
+    known.write_text(json.dumps(one | {"quick": False, "rows": rows}), encoding="utf-8")
+
+    def more(path, *words: str, steps: str = "8") -> None:
+        told = ["--json", str(tmp_path / "two.json"), "--runs", str(tmp_path / "two"), "--jobs", "1", *words]
+        training_flops.main(["--task", "permutation", "--steps", steps, "--more-of", str(path), *told])
+
+    more(known, "--seeds", "2")
+    two = json.loads((tmp_path / "two.json").read_text(encoding="utf-8"))
+    assert two["rows"][: len(rows)] == rows and two["seeds"] == [0, 1] and "rates" not in two["options"]
+    added = two["rows"][len(rows) :]
+    assert [row["variant"] for row in added] == [row["variant"] for row in rows]
+    assert {(row["seed"], row["learning_rate"]) for row in added} == {(1, 0.003)}
+    assert {path.name.split("_")[5] for path in (tmp_path / "two" / "permutation").glob("*.pt")} == {"1"}
+    assert all(row["goal"] == added[0]["error"] for row in added), "the new seed's own control"
+    (tmp_path / "two.json").unlink()
+    some = [{"rows": some} for some in ([], [{}], rows[1:], [row | {"variant": "gone"} for row in rows])]
+    for change in ({"task": "sandpile"}, {"quick": True}, {"benchmark": "cost"}, *some):
+        wrong.write_text(json.dumps(one | {"quick": False, "rows": rows} | change), encoding="utf-8")
+        with pytest.raises(SystemExit):
+            more(wrong)
+    for words, steps in (((), "9"), (("--quick",), "8"), (("--loop", "looped, fixed depth"), "8")):
+        with pytest.raises(SystemExit):
+            more(known, *words, steps=steps)
+    assert not (tmp_path / "two.json").exists()
