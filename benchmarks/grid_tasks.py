@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.in_turn import InTurn
 from benchmarks.lab import Examples, Recipe, Task
 from envs.worlds.permutation import GENERATORS, PERMUTATIONS, POINTS, compose
 from envs.worlds.sandpile import FULL, recurrent_piles, topple
@@ -24,6 +25,7 @@ from loopwm.dynamics.conv import ConvCell
 SIZE, MAX_LOOPS = 8, 32
 PIECES = 4  # of the block ``rank``
 WHOLE = "wide_whole"  # see the function
+GRU = "gru"  # see WordReader
 SUP_NORM = "looped, certified in the sup norm"
 RANK = "looped, of the same cells, uncertified"
 MODELS = {  # name in the tables: recipe
@@ -41,6 +43,7 @@ MODELS = {  # name in the tables: recipe
     "stacked, of the same cells, uncertified": Recipe("stacked", hidden=16, layers=(2, 1, 1), block="rank"),
 }
 MODELS |= {f"{name}, untold": replace(MODELS[name], untold=True) for name in ("looped", SUP_NORM, RANK)}
+LETTER_BY_LETTER = tuple(f"{step}, letter by letter" for step in ("GRU", "single_pass", "untied"))  # permutations
 LADDER = {
     "looped": ((16, 16), (24, 16), (32, 16)),
     "stacked": ((16, 4), (16, 8), (16, 16), (32, 4), (32, 8), (32, 16)),
@@ -155,6 +158,36 @@ class PermutationModel(GridModel):
     def decode(self, z_next: Tensor, action: Tensor) -> Tensor:
         logits = (self.decoder(z_next) * action).sum((2, 3))  # (B, 25), read off where the word ends
         return logits.unflatten(-1, (POINTS, POINTS)).mT
+
+
+class WordReader(nn.Module):
+    """The row of ``PermutationModel`` read letter by letter: one step for each, on a latent (B, D).
+
+    What a loop over the row has to find out is built in: which letter is next, and where the word ends. The step is
+    torch's GRU cell or one application of a dynamics of vectors, the same for all letters, or, untied, one of its own
+    for each of the trained places (the last of them serves longer words).
+    """
+
+    def __init__(self, recipe: Recipe):
+        super().__init__()
+        width, letters = recipe.hidden, len(GENERATORS)
+
+        def step() -> nn.Module:
+            if recipe.dynamics == GRU:
+                return nn.GRUCell(letters, width)
+            return DYNAMICS[recipe.dynamics](width, letters, width, mode=recipe.mode)
+
+        self.encoder = nn.Linear(POINTS**2, width)
+        self.dynamics = InTurn([step() for _ in range(Permutation.trained if recipe.untied else 1)])
+        self.decoder = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, POINTS**2))
+
+    def forward(
+        self, world: Tensor, action: Tensor, depth: None = None, h0: None = None
+    ) -> tuple[Tensor, DynamicsOutput]:
+        """As ``PermutationModel``; it has no depth but the word's length."""
+        state, word = world[:, : POINTS**2, 0, 0], world[:, POINTS**2 :, 0, 1:].permute(2, 0, 1)
+        out = self.dynamics(self.encoder(state), word, action[:, 0, 0].argmax(1))
+        return self.decoder(out.z_next).unflatten(-1, (POINTS, POINTS)).mT, out
 
 
 class GridTask(Task):
@@ -274,14 +307,20 @@ class Permutation(GridTask):
         "looped, fixed depth": Recipe("looped", fixed=True),
         "looped, untold": Recipe("looped", untold=True),
         "stacked, twice as deep": Recipe("stacked", loops=2 * Recipe.loops),
+        "GRU, letter by letter": Recipe(GRU, repeated=True),
+        "single_pass, letter by letter": Recipe("single_pass", repeated=True),
+        "untied, letter by letter": Recipe("single_pass", repeated=True, untied=True),
     }
-    ladder = LADDER | {"looped, fixed depth": LADDER["looped"], "looped, untold": LADDER["looped"]}
+    ladder = LADDER | {
+        **dict.fromkeys(("looped, fixed depth", "looped, untold"), LADDER["looped"]),
+        **dict.fromkeys(LETTER_BY_LETTER, ((8, 16), (16, 16), (32, 16))),
+    }
     name, unit, trained = "permutation", "letters", 8
     bins = ((1, 2), (3, 4), (5, 8), (9, 16), (17, 32))
     curriculum = 0.4
 
-    def model(self, recipe: Recipe) -> PermutationModel:
-        return PermutationModel(recipe)
+    def model(self, recipe: Recipe) -> PermutationModel | WordReader:
+        return WordReader(recipe) if recipe.repeated else PermutationModel(recipe)
 
     def loops_needed(self, difficulty: Tensor) -> Tensor:
         return difficulty

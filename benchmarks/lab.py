@@ -62,6 +62,7 @@ class Recipe:
     early: float = 0.0  # weight of the loss at a random earlier loop (on grids)
     untold: bool = False  # whether what needs more loops than were drawn counts in the loss like all else
     repeated: bool = False  # whether it is one unit of the difficulty, applied as often as the inputs say
+    untied: bool = False  # whether each of these applications has weights of its own
 
     @property
     def name(self) -> str:
@@ -82,7 +83,7 @@ class Recipe:
     @property
     def shares(self) -> bool:
         """Whether a prediction uses some weights more than once; else it is a control."""
-        return self.looped or self.repeated
+        return self.looped or (self.repeated and not self.untied)
 
     def depth(self, factor: float = 1.0) -> int | str | None:
         """``factor`` times the controls' depth, TIMED or fixed; None: as far as a rule says, or a control's own."""

@@ -6,9 +6,9 @@ Loops of several widths and a ladder of controls learn one step of a world, or f
 ``Recipe.depth``). The ratio is the parameters of the smallest control of equal error, read off the controls' front
 (interpolated in logarithms), over the loop's; where no control reaches the loop it is a lower bound, where every
 control is better an upper one. It is read off the mean errors, and off those of each seed, all of which must agree
-before the loop is said to need fewer. ``--more-of`` an earlier result keeps its rows and learning rates and trains the
-seeds and sizes that it lacks; rows that lack an error are measured anew, and trained anew where their weights are gone.
-A model's rate is the best on validation data after a quarter of the steps, which favours large ones; with
+before the loop is said to need fewer. ``--more-of`` earlier results keeps their rows and learning rates and trains
+the seeds and sizes that they lack; rows that lack an error are measured anew, and trained anew where their weights are
+gone. A model's rate is the best on validation data after a quarter of the steps, which favours large ones; with
 ``--rates-in-full`` each size has its own, by whole trainings.
 """
 
@@ -238,6 +238,23 @@ def earlier_sizes(task: Task, path: Path, steps: int | None) -> dict[tuple[str, 
     return rows
 
 
+def earlier_results(task: Task, paths: list[Path], steps: int | None) -> dict[tuple[str, Recipe], dict]:
+    """``earlier_sizes`` of several files.
+
+    Raises:
+        ValueError: as there, or a size has two learning rates in them.
+    """
+    found, rates = {}, {}
+    for path in paths:
+        rows = earlier_sizes(task, path, steps)
+        for name, recipe in rows:
+            rate = rates.setdefault((name, recipe.hidden, recipe.loops), recipe.learning_rate)
+            if rate != recipe.learning_rate:
+                raise ValueError(f"{path}: {name} of width {recipe.hidden} has another learning rate, {rate:g}, before")
+        found |= rows
+    return found
+
+
 def sizes(
     task: Task, args: argparse.Namespace, folder: Path, earlier: dict[tuple[str, Recipe], dict]
 ) -> dict[tuple[str, int, int], Recipe]:
@@ -267,7 +284,9 @@ def size(text: str) -> tuple[int, int]:
 
 def main(arguments: list[str]) -> None:
     p = lab_parser(__doc__.splitlines()[0], "sandpile")
-    p.add_argument("--more-of", type=Path, metavar="FILE", help="an earlier result of this task, to add seeds or sizes")
+    p.add_argument(
+        "--more-of", type=Path, nargs="+", metavar="FILE", help="earlier results of this task, to add seeds or sizes"
+    )
     p.add_argument(
         "--rates-in-full",
         action="store_true",
@@ -287,7 +306,7 @@ def main(arguments: list[str]) -> None:
     asked = tuple(args.sizes or ())
     task.ladder = {name: tuple(dict.fromkeys((*some, *asked))) for name, some in task.ladder.items()}
     try:
-        earlier = earlier_sizes(task, args.more_of, args.steps) if args.more_of else {}
+        earlier = earlier_results(task, args.more_of or [], args.steps)
     except ValueError as error:
         p.error(f"--more-of {error}")
     if earlier and args.quick:

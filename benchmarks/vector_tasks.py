@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from agents import load_agent
 from benchmarks.harness import ROOT
+from benchmarks.in_turn import Untied
 from benchmarks.lab import IN_A_ROW, TEST, TRAINING, VALIDATION, Examples, Recipe, Task, kept
 from envs import make_env
 from loopwm.dynamics import DYNAMICS, DynamicsOutput, RepeatedDynamics
@@ -70,12 +71,16 @@ REPEATED = {
     "single_pass, repeated": replace(MODELS["single_pass"], repeated=True),
     "stacked, repeated": replace(MODELS["stacked"], loops=2, repeated=True),
 }
+# The controls of repetition: each control step has weights of its own.
+REPEATED |= {f"{name}, untied": replace(REPEATED[name], untied=True) for name in list(REPEATED)[-2:]}
 REPEATED_LADDER = {
     "looped, linear, repeated": ((16, 4), (32, 2), (32, 4), (64, 2), (64, 4)),
     "looped, repeated": ((32, 4), (64, 4)),
     "looped, lipsdp, skip, repeated": ((32, 4),),
     "single_pass, repeated": ((32, 8), (64, 8), (128, 8)),
     "stacked, repeated": ((32, 2), (32, 4), (64, 2)),
+    "single_pass, repeated, untied": ((16, 8), (32, 8)),
+    "stacked, repeated, untied": ((16, 2), (32, 2)),
 }
 SETTLED = 1e-3  # relative step at which a state counts as the fixed point
 CORRELATION = 0.8  # of a random action with the one before
@@ -84,30 +89,38 @@ CORRELATION = 0.8  # of a random action with the one before
 class VectorModel(nn.Module):
     """Standardised observation and actions -> the observations after each.
 
-    ``split`` and ``most`` are of ``RepeatedDynamics``, which a repeated recipe has.
+    ``split`` and ``most`` are of ``RepeatedDynamics``, which a repeated recipe has; untied, it has ``places`` of them.
     """
 
-    def __init__(self, recipe: Recipe, obs_dim: int, action_dim: int, split: Split | None = None, most: int = 1):
+    def __init__(
+        self, recipe: Recipe, obs_dim: int, action_dim: int, split: Split | None = None, most: int = 1, places: int = 1
+    ):
         super().__init__()
         prelude, block, coda = recipe.layers
         self.warm, ways = recipe.warm, {}
         if recipe.looped:
             ways = {"gradient": recipe.gradient, "solver": recipe.solver, "halt_tolerance": SETTLED}
             ways |= {"depth_sampler": "fixed"} if recipe.fixed else {}
-        dynamics = DYNAMICS[recipe.dynamics](
-            obs_dim,
-            action_dim - recipe.repeated,
-            recipe.hidden,
-            recipe.loops,
-            4 * recipe.loops,
-            mode=recipe.mode,
-            prelude_layers=prelude,
-            block_layers=block,
-            coda_layers=coda,
-            skip=recipe.skip,
-            **ways,
-        )
-        self.dynamics = RepeatedDynamics(dynamics, split, most) if recipe.repeated else dynamics
+
+        def dynamics() -> nn.Module:
+            return DYNAMICS[recipe.dynamics](
+                obs_dim,
+                action_dim - recipe.repeated,
+                recipe.hidden,
+                recipe.loops,
+                4 * recipe.loops,
+                mode=recipe.mode,
+                prelude_layers=prelude,
+                block_layers=block,
+                coda_layers=coda,
+                skip=recipe.skip,
+                **ways,
+            )
+
+        if recipe.untied:
+            self.dynamics: nn.Module = Untied([dynamics() for _ in range(places)], split)
+        else:
+            self.dynamics = RepeatedDynamics(dynamics(), split, most) if recipe.repeated else dynamics()
 
     def forward(
         self, obs: Tensor, actions: Tensor, depth: int | Tensor | None = None, h0: Tensor | None = None
@@ -288,7 +301,7 @@ class TimeWarp(VectorTask):
         self.name, self.env_id = f"timewarp-{task}", f"gym/loopwm/TimeWarp-{task}-v0"
 
     def model(self, recipe: Recipe) -> VectorModel:
-        return super().model(recipe, split=self.held, most=2 * self.trained)
+        return super().model(recipe, split=self.held, most=2 * self.trained, places=self.trained)
 
     def held(self, action: Tensor) -> tuple[Tensor, Tensor]:
         """What ``decisions`` made of an action (n, A) -> (the action itself (n, A - 1), its control steps (n,))."""

@@ -20,14 +20,15 @@ from benchmarks import (
     parameter_efficiency,
     training_flops,
 )
-from benchmarks.grid_tasks import Permutation, Sandpile, avalanches, words
+from benchmarks.grid_tasks import Permutation, Sandpile, WordReader, avalanches, words
+from benchmarks.in_turn import InTurn, Untied
 from benchmarks.lab import Examples, Recipe, open_loop_errors, predict_errors
 from benchmarks.tasks import TASKS, WITH_DIFFICULTY
 from benchmarks.token_tasks import TokenPermutation
 from benchmarks.vector_tasks import Control, TimeWarp
 from envs.worlds.permutation import GENERATORS, PERMUTATIONS
 from envs.worlds.sandpile import topple
-from loopwm.dynamics import GateHalting, LoopedDynamics, gate_loss
+from loopwm.dynamics import DYNAMICS, GateHalting, LoopedDynamics, RepeatedDynamics, gate_loss
 from loopwm.dynamics.halting.gate import remaining_drop
 
 DEPTHS = ("trained depth", "32 loops", "settled")  # of the errors of benchmarks.loop_training
@@ -641,6 +642,18 @@ def test_seeds_are_added_to_an_earlier_result_at_its_rates(tmp_path, monkeypatch
     wider = run(f"--seeds 2 --rates-in-full --more-of {tmp_path / 'd.json'}", "e.json")  # two rates of the new size
     assert [recipe.hidden for recipe in trained] == [5] * 4 and len(wider["rows"]) == 8
     assert [row for row in wider["rows"] if row["hidden"] != 5] == full["rows"]
+    # Of several files the rows stand together, at one rate for each size.
+    parts = [
+        [row for row in wider["rows"] if row["hidden"] == 5],
+        [row for row in wider["rows"] if row["hidden"] != 5],
+        [row | {"learning_rate": 0.5} for row in wider["rows"][:1]],
+    ]
+    for name_of, part in zip("pqr", parts, strict=True):
+        (tmp_path / f"{name_of}.json").write_text(json.dumps(wider | {"rows": part}), encoding="utf-8")
+    together = run(f"--seeds 2 --more-of {tmp_path / 'p.json'} {tmp_path / 'q.json'}", "g.json")
+    assert not trained and together["rows"] == wider["rows"]
+    with pytest.raises(SystemExit):
+        run(f"--seeds 2 --more-of {tmp_path / 'q.json'} {tmp_path / 'r.json'}", "g.json")
     monkeypatch.setattr(TinyLadder, "ladder", TinyLadder.ladder | {"looped": ((4, 8), (6, 8))})
     # A training that diverged has no error in JSON: an infinite one, than which every control is better.
     first, *others = one["rows"]
@@ -783,3 +796,62 @@ def test_halved_loops_have_the_layers_of_whole_ones():
     flops = {n: training_flops.flops_of_update(task, replace(plan[n], loops=plan[n].loops // 2), 8) for n in plan}
     ratio = flops["two layers looped, half the loops"] / flops["one layer looped"]
     assert 0.7 < ratio < 1.3  # depths are random
+
+
+def counted(action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return action[:, :-1], action[:, -1].long()
+
+
+def test_untied_steps_of_equal_weights_are_a_repeated_one():
+    """And with weights of their own they are not; what comes after the last place is the last one's."""
+    torch.manual_seed(0)
+    step = DYNAMICS["single_pass"](3, 2, 4)
+    z, action = torch.randn(5, 3), torch.cat([torch.randn(5, 2), torch.tensor([[1.0], [4], [2], [6], [1]])], 1)
+    once = RepeatedDynamics(step, counted, 6)(z, action)
+    same = Untied([step] * 4, counted)(z, action)
+    torch.testing.assert_close(same.z_next, once.z_next)
+    assert same.loops.tolist() == [1, 4, 2, 6, 1]
+    steps = [DYNAMICS["single_pass"](3, 2, 4) for _ in range(4)]
+    own = Untied(steps, counted)(z, action).z_next
+    by_hand = z[3:4]
+    for place in (0, 1, 2, 3, 3, 3):
+        by_hand = steps[place](by_hand, action[3:4, :-1]).z_next
+    torch.testing.assert_close(own[3:4], by_hand)
+    assert len(list(Untied(steps, counted).parameters())) == 4 * len(list(step.parameters()))
+
+
+@pytest.mark.parametrize("name", [name for name in Permutation.models if "letter by letter" in name])
+def test_a_reader_knows_the_letters_of_the_word_in_their_order_and_no_others(name):
+    torch.manual_seed(0)
+    recipe = replace(Permutation.models[name], hidden=6)
+    model, data = Permutation().model(recipe), words(20, 8, 3)
+    assert isinstance(model, WordReader) and len(model.dynamics.steps) == (8 if "untied" in name else 1)
+    assert recipe.shares == ("untied" not in name) and recipe.depth(4) is None
+    row, end = data.inputs
+    with model.dynamics.frozen():
+        said, out = model(row, end)
+    assert said.shape == (len(data), 5, 5) and torch.equal(out.loops, data.difficulty)
+    beyond = row.clone()
+    rows = torch.arange(row.shape[-1]) > data.difficulty[:, None]  # cells after the word's end
+    beyond[:, 25:, 0] += rows[:, None]
+    torch.testing.assert_close(model(beyond, end)[0], said)
+    longer = model(nn.functional.pad(row, (0, 24)), nn.functional.pad(end, (0, 24)))[0]
+    torch.testing.assert_close(longer, said)
+    two = data.rows(torch.nonzero(data.difficulty == 2).squeeze(1))
+    turned = two.inputs[0].clone()
+    turned[..., 1], turned[..., 2] = two.inputs[0][..., 2], two.inputs[0][..., 1]
+    differs = (two.inputs[0][..., 1] != two.inputs[0][..., 2]).flatten(1).any(1)
+    moved = (model(turned, two.inputs[1])[0] - model(*two.inputs)[0]).abs().flatten(1).amax(1)
+    assert differs.any() and bool((moved[differs] > 1e-6).all()) and bool((moved[~differs] < 1e-6).all())
+
+
+def test_steps_in_turn_of_a_torch_cell():
+    torch.manual_seed(0)
+    cell, z, inputs = nn.GRUCell(2, 3), torch.randn(2, 3), torch.randn(4, 2, 2)
+    out = InTurn([cell])(z, inputs, torch.tensor([1, 3]))
+    by_hand = [cell(inputs[0], z)]
+    for given in inputs[1:3]:
+        by_hand.append(cell(given, by_hand[-1]))
+    torch.testing.assert_close(out.z_next, torch.stack([by_hand[0][0], by_hand[2][1]]))
+    change = (by_hand[2][1] - by_hand[1][1]).norm() / by_hand[1][1].norm()
+    torch.testing.assert_close(out.residual[1], change)
