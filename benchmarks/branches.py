@@ -19,8 +19,7 @@ import numpy as np
 
 from benchmarks.ablations import CHANGES, own_changes
 from benchmarks.harness import curve, interval, parser, refusing, report, train_all
-from loopwm.config import Config, ConfigError, flatten, load_config, save_config
-from loopwm.training.checkpoint import CheckpointError
+from loopwm.config import Config, flatten, load_config, save_config
 from loopwm.training.run_dir import read_run
 
 UNCHANGED = "unchanged"
@@ -72,16 +71,13 @@ def main(arguments: list[str]) -> None:
     changes = read_changes(p, args.change, args.set_change)
     frames, folder = min(args.frames, 4000) if args.quick else args.frames, args.runs / "branches"
     jobs: dict[tuple[Path, str], tuple[Path, list[str]]] = {}
-    try:
-        found = {run: read_run(run) for run in args.run}
-        for run, (cfg, at) in found.items():
-            for name, words in changes.items():
-                length = [f"frames={at + frames}", f"eval_every={max(1, frames // 2)}"]
-                overrides = [*as_words(cfg), *words, *length]
-                load_config(overrides)  # before anything is copied or trained
-                jobs[run, name] = folder / f"{run.resolve().name}__{name}_{frames}", overrides
-    except (CheckpointError, ConfigError) as error:
-        p.error(str(error))
+    found = {run: read_run(run) for run in args.run}
+    for run, (cfg, at) in found.items():
+        for name, words in changes.items():
+            length = [f"frames={at + frames}", f"eval_every={max(1, frames // 2)}"]
+            overrides = [*as_words(cfg), *words, *length]
+            load_config(overrides)  # before anything is copied or trained
+            jobs[run, name] = folder / f"{run.resolve().name}__{name}_{frames}", overrides
     for (run, _), (copy, overrides) in jobs.items():
         branch(run, copy, load_config(overrides))
     train_all(dict(jobs.values()), args.jobs)
