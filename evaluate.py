@@ -35,7 +35,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--frames", type=count, help="the checkpoint to take, env frames (default: the newest)")
     parser.add_argument("--seed", type=whole, default=2**34, help="of the episodes")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or auto (default: cpu)")
-    parser.add_argument("--video", type=Path, metavar="FILE.mp4", help="film the first episode")
+    parser.add_argument("--video", type=Path, metavar="FILE.mp4", help="film an episode, with the first one's start")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a line")
     parser.error = lambda message: parser.exit(2, f"evaluate.py: {message}\n")  # one line, without the usage
     return parser.parse_args(arguments)

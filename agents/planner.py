@@ -107,10 +107,10 @@ class PlannerAgent(ActingAgent):
             self.resets = agent_steps // c.reset_every
             self._reset()
         due = int(agent_steps * c.update_ratio) + self.caught_up
-        metrics = None
+        metrics: dict[str, Tensor] = {}  # parts learn at their own pace: the latest of each
         while self.updates < due:
-            metrics = self.update(replay)
-        return metrics
+            metrics |= self.update(replay)
+        return metrics or None
 
     def _reset(self) -> None:
         """Give every network the weights that it began with; what they know is to be learnt anew from the replay.

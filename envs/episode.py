@@ -18,7 +18,12 @@ def episode_seed(seed: int, index: int, episode: int) -> int:
 
     Hashed and not added up, so that seed 0 / index 1 and seed 1 / index 0 have nothing in common.
     """
-    return int(np.random.SeedSequence((seed, index, episode)).generate_state(1, np.uint32)[0]) >> 1
+    words = (seed, index, episode)
+    if seed < 2**32 and index > 1:
+        # numpy takes a seed of 2**33 + s for the words (s, 2), and fills up with zeros: episode 0 of its env i would be
+        # episode i of env 2 of seed s. Five words are none of its.
+        words += (0, 1)
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint32)[0]) >> 1
 
 
 class EpisodeEnv(gymnasium.Wrapper):
@@ -45,6 +50,8 @@ class EpisodeEnv(gymnasium.Wrapper):
         self.observation_space, self._flatten = flat_observation(env.observation_space, task)
         self.action_space, self._to_native = flat_action(env.action_space, task)
         self._task, self._drawn = task, False
+        if fps := env.metadata.get("render_fps"):
+            self.metadata = {**env.metadata, "render_fps": fps / action_repeat}  # of a frame for each step
         self._discrete = isinstance(self.action_space, Discrete)
         self._repeat, self._longest = action_repeat, longest
         self._seed, self._index, self._episode = seed, index, -1
@@ -70,7 +77,7 @@ class EpisodeEnv(gymnasium.Wrapper):
             flat = self._flatten(obs)
         except Exception as error:
             raise self._failure(error) from error
-        return self._checked_obs(flat), info
+        return self._checked_obs(flat), info or {}
 
     def step(self, action: np.ndarray | int) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Repeat one action until the frames are through or the episode ends.
@@ -104,7 +111,7 @@ class EpisodeEnv(gymnasium.Wrapper):
             raise self._failure(error) from error
         if not math.isfinite(total):
             raise TaskError(f"task '{self._task}' gave a reward of {total} {self._place()}")
-        return self._checked_obs(flat), total, bool(terminated), bool(truncated), info
+        return self._checked_obs(flat), total, bool(terminated), bool(truncated), info or {}
 
     def _checked_obs(self, flat: np.ndarray) -> np.ndarray:
         """The obs (O,). Raises TaskError if it is of another size, or holds what is no number."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import gymnasium
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.async_vector_env import AsyncState
 
 from envs.episode import EpisodeEnv
 from envs.errors import TaskError
@@ -141,6 +142,19 @@ class _OneSeed:
             seed = [int(seed)] * self.num_envs
         return super().reset(seed=seed, options=options)
 
+    def _add_info(self, vector_infos, env_info, env_num):
+        """As gymnasium's, without what does not stack: arrays of many lengths, words among numbers.
+
+        Nobody here learns from an info, so that none ends a run.
+        """
+        for key, value in env_info.items():
+            try:
+                vector_infos = super()._add_info(vector_infos, {key: value}, env_num)
+            except Exception:  # numpy and gymnasium have many
+                for name in (key, f"_{key}"):
+                    vector_infos.pop(name, None)
+        return vector_infos
+
 
 class _SyncVectorEnv(_OneSeed, SyncVectorEnv):
     pass
@@ -171,4 +185,6 @@ class _AsyncVectorEnv(_OneSeed, AsyncVectorEnv):
 
     def close_extras(self, timeout=None, terminate=False):
         gone = not all(process.is_alive() for process in self.processes)  # it would be asked to close
+        if gone:
+            self._state = AsyncState.DEFAULT  # nor will it answer what it was asked before
         super().close_extras(timeout, terminate or gone)

@@ -63,6 +63,26 @@ class SpacesEnv(gymnasium.Env):
         return self.observation_space.sample(), 0.0, False, False, {"action": action}
 
 
+class InfoEnv(CountingEnv):
+    """A ``CountingEnv`` whose infos do not stack, or are none; `k` is in all that are."""
+
+    def __init__(self, kind: str = "none", **told: Any):
+        super().__init__(**told)
+        self._kind, self._told = kind, np.random.default_rng(0)
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        *found, _ = super().step(action)
+        n = int(self._told.integers(1, 9))
+        infos = {
+            "none": None,
+            "lengths": {"k": 1, "x": np.zeros(n)},
+            "mixed": {"k": 1, "x": n if n % 2 else "word"},
+            "nested": {"k": 1, "x": {"y": n} if n % 2 else n, "z": {"k": 1, "w": np.zeros(n)}},
+        }
+        return *found, infos[self._kind]
+
+
 gymnasium.register("Counting-v0", CountingEnv)
+gymnasium.register("Info-v0", InfoEnv)
 gymnasium.register("CountingTruncated-v0", CountingEnv, kwargs={"ends": "truncated"})
 gymnasium.register("Spaces-v0", SpacesEnv)

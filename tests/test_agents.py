@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from agents import make_agent
+from agents import make_agent, planner
 from agents.actor_critic import ContinuousPolicy, DiscretePolicy, ValueEnsemble
 from agents.mppi import PlanBudget, draw, exhaustive, mppi
 from agents.novelty import Novelty
@@ -741,9 +741,10 @@ def test_one_step_value_target(monkeypatch):
     torch.testing.assert_close(given, torch.tensor([10.0, 1.0]))
 
 
-def test_the_value_is_read_where_the_sequence_ends(monkeypatch):
+@pytest.mark.parametrize("horizon", [1, 5])
+def test_the_value_is_read_where_the_sequence_ends(monkeypatch, horizon):
     """A sequence cut by truncation bootstraps from its last observation, not from the next episode."""
-    agent, replay, seen = make(n_step=3, horizon=1), filled_replay(), {}
+    agent, replay, seen = make(n_step=3, horizon=horizon), filled_replay(), {}
     draw, target = replay.sample, agent._value_target
 
     def spy_sample(*args, **kw):
@@ -759,7 +760,7 @@ def test_the_value_is_read_where_the_sequence_ends(monkeypatch):
     monkeypatch.setattr(agent, "_value_target", spy_target)
     monkeypatch.setattr(agent, "_update_model", lambda *_: {})  # so that all encoders still agree
     agent.update(replay)
-    steps = seen["batch"].mask.sum(0).astype(int)
+    steps = seen["batch"].mask[:3].sum(0).astype(int)
     assert set(steps) == {1, 2, 3}
     torch.testing.assert_close(seen["z_end"], seen["z"][steps, torch.arange(len(steps))])
     assert seen["target"][0].shape == (3, 12)
@@ -860,6 +861,8 @@ def test_without_a_horizon_the_policy_climbs_the_first_value():
 def test_the_policys_gradient_is_the_slope_of_its_worth(horizon):
     """Central differences along the gradient, in float64: it goes through every imagined step."""
     agent = make(policy_horizon=horizon, policy_std=0.0, policy_penalty=0.0)
+    for head in (agent.slow_model.reward, agent.slow_model.continuation):
+        torch.nn.init.normal_(head.layers[-1][-1].weight, std=0.3, generator=torch.Generator().manual_seed(1))
     for module in (agent.policy, agent.value, agent.slow_model):
         module.double()
     z = torch.randn(20, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -1096,15 +1099,17 @@ def test_update_moves_every_part(discrete, settings):
     assert not agent.value_target.members[0][0].weight.requires_grad
 
 
-def test_targets_follow_by_tau():
-    agent, replay = make(tau=0.3, model_tau=0.2), filled_replay()
+@pytest.mark.parametrize("model_every", [1, 2])
+def test_targets_follow_by_tau(model_every):
+    """That of a model that is updated every second time by what two steps of tau would do."""
+    agent, replay = make(tau=0.3, model_tau=0.2, model_every=model_every), filled_replay()
     before = weights(agent)
     agent.update(replay)
     after = weights(agent)
     for name, tau, online in (
         ("value", 0.3, after["value"]),
         ("policy", 0.3, after["policy"]),
-        ("model", 0.2, after["model"]),
+        ("model", 1.0 - 0.8**model_every, after["model"]),
     ):
         torch.testing.assert_close(after[f"target/{name}"], before[f"target/{name}"].lerp(online, tau))
 
@@ -1162,12 +1167,60 @@ def test_value_learns_its_target(loss):
     torch.testing.assert_close(learnt, target.expand(2, -1), atol=3.0, rtol=0.15)
 
 
-def test_model_is_trained_on_the_sampled_subsequences(monkeypatch):
-    """horizon and n_step differ: each part gets its own cut of one draw."""
-    agent, shapes = make(horizon=4, n_step=2), []
-    monkeypatch.setattr(agent, "_update_model", lambda *xs: shapes.append([tuple(x.shape) for x in xs]) or {})
-    agent.update(filled_replay())
-    assert shapes == [[(5, 6, OBS), (4, 6, A), (4, 6), (4, 6), (4, 6)]]
+@pytest.mark.parametrize(("horizon", "n_step"), [(4, 2), (1, 3)])
+def test_model_is_trained_on_the_sampled_subsequences(monkeypatch, horizon, n_step):
+    """horizon and n_step differ: each part gets its own cut of one draw, from its beginning."""
+    agent, replay, cuts, drawn = make(horizon=horizon, n_step=n_step), filled_replay(), [], []
+    draw = replay.sample
+    monkeypatch.setattr(replay, "sample", lambda *a, **kw: drawn.append(draw(*a, **kw)) or drawn[-1])
+    monkeypatch.setattr(agent, "_update_model", lambda *xs: cuts.append(xs) or {})
+    agent.update(replay)
+    h, batch = horizon, drawn[0]
+    expected = [batch.obs[: h + 1, :6], *(x[:h, :6] for x in batch[1:5])]
+    assert all((a.numpy() == b).all() for a, b in zip(cuts[0], expected, strict=True))
+
+
+def test_targets_are_made_by_the_slow_copies(monkeypatch):
+    """Of the encoder, of the policy and of the values: what was learnt a moment ago is not in them yet."""
+    agent, replay, seen = make(tau=0.0, model_tau=0.0, horizon=2, n_step=2), filled_replay(), []
+    slow = copy.deepcopy((agent.slow_model, agent.policy_target, agent.value_target))
+    for _ in range(3):
+        agent.update(replay)  # tau = 0: the copies stay where they were
+    z = torch.randn(5, 6)
+    agent.generator.manual_seed(3)
+    found = agent._value_target(z, *(torch.zeros(2, 5),) * 2, torch.ones(2, 5))
+    agent.generator.manual_seed(3)
+    action = agent.smoothed(slow[1](z)[0], agent.generator)
+    expected = 0.25 * slow[2].values(agent.value_input(z, action)).amin(0)
+    torch.testing.assert_close(found, expected)
+    assert (slow[1](z)[0] - agent.policy(z)[0]).abs().max() > 1e-4
+    losses = planner.world_model_losses
+
+    def spy(model, rollout, z_target, *rest):
+        seen.append(z_target)
+        return losses(model, rollout, z_target, *rest)
+
+    monkeypatch.setattr(planner, "world_model_losses", spy)
+    obs, ones = torch.randn(3, 6, OBS), torch.ones(2, 6)
+    agent._update_model(obs, torch.zeros(2, 6, A), ones, ones * 0, ones)
+    torch.testing.assert_close(seen[0], slow[0].encode(obs[1:]))
+    assert (seen[0] - agent.world_model.encode(obs[1:])).abs().max() > 1e-4
+
+
+def test_exploration_becomes_less_and_begins_anew_with_an_episode():
+    """The noise around a fixed policy: its first spread, half-way, its last; correlated within an episode alone."""
+    words = {"seed_steps": 0, "plan_samples": 0, "explore_correlation": 0.9, "explore_decay_steps": 10**9}
+    agent = make(explore_std=0.4, explore_std_final=0.1, **words)
+    for parameter in agent.policy.parameters():
+        torch.nn.init.zeros_(parameter)
+    obs, first = observations(4000), np.arange(4000) < 2000
+    for share, std in ((0.0, 0.4), (0.5, 0.25), (1.0, 0.1), (5.0, 0.1)):
+        agent.acted = int(share * 10**9)
+        before = agent.act(obs, first=np.ones(4000, bool), explore=True)
+        after = agent.act(obs, first=first, explore=True)
+        assert before.std() == pytest.approx(std, rel=0.1 if std > 0.3 else 0.03)  # the widest is cut off at 1
+        new, old = (np.corrcoef(before[rows, 0], after[rows, 0])[0, 1] for rows in (first, ~first))
+        assert abs(new) < 0.1 and old > 0.7
 
 
 def test_learn_does_the_updates_that_are_due():
@@ -1177,6 +1230,14 @@ def test_learn_does_the_updates_that_are_due():
         metrics = agent.learn(replay, agent_steps)
         done.append((agent.updates, metrics is not None))
     assert done == [(0, False), (0, False), (5, True), (5, False), (6, True), (10, True)]
+
+
+def test_what_learn_reports_is_the_latest_of_every_part():
+    """Of several updates at once too, the last of which need not have been one of the policy or of the model."""
+    agent = make(seed_steps=0, update_ratio=2.0, policy_every=2, model_every=4)
+    for agent_steps in (2, 4, 6):
+        metrics = agent.learn(filled_replay(), agent_steps)
+        assert {"loss/policy", "loss/value", "loss/consistency"} <= set(metrics)
 
 
 def test_learn_counts_more_than_one_update_a_step():

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import gymnasium
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, MultiBinary
-from training_tools import CARTPOLE, ROOT, TINY, forbid_filming, lines, run
+from training_tools import CARTPOLE, ROOT, SWINGUP, TINY, forbid_filming, lines, run
 
 import envs
 import evaluate
@@ -240,6 +241,49 @@ def test_directory_in_use(tmp_path, capsys):
         assert "in use by another process" in complaint(capsys, run(tmp_path, *SHORT))
         assert "in use by another process" in complaint(capsys, run(tmp_path, *SHORT, "resume=true"))
     assert run(tmp_path, *SHORT) == 0
+
+
+def test_who_keeps_an_error_keeps_no_folder(tmp_path, monkeypatch):
+    """A notebook holds the last exception, and with it what its frames hold: a run, a replay, a log's threads."""
+    kept, words = [], [*SHORT, f"run_dir={tmp_path / 'a'}", f"replay.path={tmp_path / 'rows'}"]
+
+    def failing(*_):
+        raise trainer_module.Diverged("of this test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module.Trainer, "_log", failing)
+        for again in ([], ["resume=true"]):
+            with pytest.raises(trainer_module.Diverged) as raised:
+                train.train(config.load_config([*words, *again]))
+            kept.append(raised)
+        assert not [thread for thread in threading.enumerate() if "EventLogger" in type(thread).__name__]
+    with pytest.raises(CheckpointError, match="add resume=true") as raised:
+        train.train(config.load_config(words))
+    kept.append(raised)
+    assert train.train(config.load_config([*words, "resume=true"]))[0]["finished"]
+
+
+def test_an_environment_that_cannot_say_where_it_is_keeps_no_checkpoint_from_being_written(
+    tmp_path, monkeypatch, capsys
+):
+    """As where its process was ended by the same SIGTERM."""
+
+    def gone(_):
+        raise envs.TaskError("the process of an environment has ended")
+
+    monkeypatch.setattr(envs, "vector_env_state", gone)
+    assert run(tmp_path, *SHORT) == 0
+    assert Checkpoints(tmp_path).load(60)["env"] == []
+    assert "state is not in this checkpoint: the process of" in capsys.readouterr().out
+
+
+def test_evaluations_repeat_actions_as_training_does(tmp_path, capsys):
+    """Of 1000 control steps, by the trainer and by evaluate.py."""
+    assert run(tmp_path, *SWINGUP, "frames=100", "eval_every=100") == 0
+    assert [line["eval/length"] for line in lines(tmp_path) if "eval/length" in line] == [50.0]
+    capsys.readouterr()
+    assert evaluate.main([str(tmp_path), "--episodes", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["eval_length_mean"] == 50.0
 
 
 def test_directory_that_holds_a_run(finished, capsys):

@@ -25,6 +25,7 @@ from envs import (
     vector_env_state,
 )
 from envs.episode import episode_seed
+from loopwm.training.trainer import EVAL_SEED
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))  # works with and without tests being a package
@@ -298,6 +299,38 @@ def test_episode_seeds_of_neighbours_differ():
     assert len(seeds) == 216 and max(seeds) < 2**31 and min(seeds) >= 0
 
 
+def test_no_evaluation_plays_an_episode_of_a_training_whatever_its_seeds_and_environments():
+    """The first 40 episodes of eight environments, of the trainer's evaluations and of evaluate.py's."""
+
+    def episodes(base: int) -> set[int]:
+        return {episode_seed(base, index, episode) for index in range(8) for episode in range(40)}
+
+    train = {s: episodes(s) for s in (0, 1, 7, 2**32 - 1)}
+    # of 320 and 320 numbers of 31 bits next to none is in both by chance
+    assert not any(own & episodes(s + EVAL_SEED) or own & episodes(2**34) for s, own in train.items())
+    assert all(len(own) == 320 for own in train.values())
+
+
+@pytest.mark.parametrize("workers", [False, True])
+@pytest.mark.parametrize("kind", ["none", "lengths", "mixed", "nested"])
+def test_infos_that_do_not_stack_end_nothing(make, kind, workers):
+    venv = make(f"gym/Info-v0?kind={kind}", 3, workers=workers)
+    venv.reset()
+    for _ in range(4):
+        obs, reward, *_, info = venv.step(np.zeros(3, np.int64))
+        if kind != "none":
+            assert info["k"].tolist() == [1, 1, 1]
+        if kind == "nested":
+            assert info["z"]["k"].tolist() == [1, 1, 1]
+    assert reward.tolist() == [4.0] * 3
+
+
+def test_a_film_is_as_fast_as_its_frames_are_apart(make):
+    """Ten images of an environment a second; of one step in five two."""
+    for repeat in (1, 5):
+        assert make("gym/Counting-v0", 1, action_repeat=repeat, render=True).metadata["render_fps"] == 10 / repeat
+
+
 # ---------------------------------------------------------------- exact resume
 
 RESUMED = [
@@ -422,6 +455,17 @@ def test_a_worker_that_was_killed_is_one_line(make):
             ask()
     venv.close()
     assert not any(process.is_alive() for process in venv.processes)
+
+
+def test_workers_that_end_in_mid_step_are_closed_in_silence(make):
+    """As by a SIGTERM to all processes of a run."""
+    venv = make("gym/Counting-v0", 2, workers=True)
+    venv.reset()
+    venv.step_async(np.zeros(2, np.int64))
+    for process in venv.processes:
+        process.kill()
+        process.join()
+    venv.close()
 
 
 def test_an_episode_without_a_time_limit_is_cut_where_it_is_told(make):

@@ -811,6 +811,12 @@ def test_interrupt_restores_the_handlers_and_counts():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_film_of_an_endless_episode_has_an_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("loopwm.training.video.LONGEST_FILM", 30)
+    make = functools.partial(make_vector_env, "gym/Counting-v0?length=50", 1, render=True)
+    assert len(film_episode(CountingAgent(), make, 0, tmp_path / "out.mp4")) == 30
+
+
 def test_video(tmp_path):
     make = functools.partial(make_vector_env, "gym/Counting-v0", 1, render=True)
     images = film_episode(CountingAgent(), make, 0, tmp_path / "new" / "out.mp4")

@@ -22,6 +22,7 @@ from loopwm.training.interrupt import INTERRUPTED
 WINDOWS = 256  # of the replay, that everything is measured on
 LENGTHS = (20, 10, 5, 3)  # steps of a window: the first of them that episodes have
 DEPTHS = (1, 2, 3, 4, 6, 8, 16, 32)
+UNVALUED = " of reward and continuation (in the agent of reward and value)"
 AHEAD = (1, 3)  # steps; plans look three ahead
 
 
@@ -98,7 +99,8 @@ def _about_the_loop(found: dict[str, Any]) -> list[str]:
     )
     counts = found["chosen"]
     mean = sum(n * count for n, count in enumerate(counts, 1)) / sum(counts)
-    return [*said, f"By `{found['halting']}` a prediction that may choose takes {mean:.1f} of {len(counts)} loops."]
+    rule = f"`{found['halting']}`" + UNVALUED * (found["halting"] == "prediction")
+    return [*said, f"By {rule} a prediction that may choose takes {mean:.1f} of {len(counts)} loops."]
 
 
 def write(found: dict[str, Any], folder: Path) -> None:

@@ -78,14 +78,17 @@ class Checkpoints:
             final.rename(self._aside(frames))
         draft.rename(final)
         _sync_folder(self.folder)
-        self._put_back()
+        self.put_back()
         self._drop_old(frames, before - replay.rows)
 
     def _aside(self, frames: int) -> Path:
         return self.folder / f".{frames:08d}{ASIDE}"
 
-    def _put_back(self) -> None:
-        """A checkpoint that was put aside for a new one of its frame: back, if a kill kept that from coming."""
+    def put_back(self) -> None:
+        """A checkpoint that was put aside for a new one of its frame: back, if a kill kept that from coming.
+
+        Of the run's owner alone, which the others who read here are not.
+        """
         for aside in self.folder.glob(f".*{ASIDE}"):
             final = self.folder / aside.name.removeprefix(".").removesuffix(ASIDE)
             if final.exists():
@@ -140,7 +143,6 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints, and none can be read.
         """
-        self._put_back()
         errors = []
         for frames in reversed(self.frames()):
             try:

@@ -96,6 +96,11 @@ class Replay:
                 raise ConfigError(f"replay.capacity={capacity}: {size}, more than the memory holds") from None
         return np.lib.format.open_memmap(self._path / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
 
+    def close(self) -> None:
+        """Leave ``path`` to others; the rows stay."""
+        if self._lock is not None:
+            self._lock.close()
+
     def __len__(self) -> int:
         """Rows held in each stream."""
         return min(self.total, self.rows)

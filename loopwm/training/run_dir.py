@@ -43,6 +43,16 @@ def open_run(cfg: Config) -> tuple[Path, IO[str]]:
     if run_dir.is_file():
         raise CheckpointError(f"run_dir={run_dir}: is a file, and a run is written to a folder")
     lock = lock_run(run_dir)
+    try:
+        _check_claim(run_dir, cfg)
+    except Exception:
+        lock.close()  # now: who keeps the error keeps this frame
+        raise
+    return run_dir, lock
+
+
+def _check_claim(run_dir: Path, cfg: Config) -> None:
+    """That ``cfg`` may begin or go on there. Raises what ``open_run`` does."""
     saved = run_dir / "config.yaml"
     if saved.exists():
         if not cfg.resume:
@@ -54,7 +64,6 @@ def open_run(cfg: Config) -> tuple[Path, IO[str]]:
         raise CheckpointError(f"{run_dir} holds checkpoints but no config.yaml: choose another run_dir")
     elif cfg.resume:
         print(f"{run_dir} holds no run to resume: a new one begins there", file=sys.stderr)
-    return run_dir, lock
 
 
 @contextlib.contextmanager

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,7 @@ class Trainer:
             Exception: the environment's own; what was learnt until then is in a checkpoint.
         """
         s = self.schedule
-        self._begin()
-        with Interrupt() as interrupt, Progress(s.frames, self.frames) as bar:
+        with self._begun(), Interrupt() as interrupt, Progress(s.frames, self.frames) as bar:
             self._evaluate_if_due(bar, interrupt)  # of a run that was stopped at that
             while self.frames < s.frames and not interrupt.requested:
                 # act
@@ -172,7 +172,19 @@ class Trainer:
 
     # ---- begin and end ------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _begun(self) -> Iterator[None]:
+        """Where the newest checkpoint is, or at the start; whatever happens, the log and the replay are closed."""
+        try:
+            self._begin()
+            yield
+        finally:
+            self.replay.close()
+            if self.logger is not None:
+                self.logger.close()
+
     def _begin(self) -> None:
+        self.checkpoints.put_back()
         state = self.checkpoints.load_newest(self.replay)
         if state:
             self._restore(state)
@@ -193,7 +205,6 @@ class Trainer:
             numbers = {k: v for k, v in result.items() if type(v) in (int, float)}
             self.logger.hparams(self.summary["config"], numbers)
             self._film()  # last: the slowest, and nothing depends on it
-        self.logger.close()
         return result
 
     def _write_summary(self, finished: bool) -> dict[str, Any]:
@@ -304,7 +315,7 @@ class Trainer:
             "agent": self.agent.state_dict(),
             "dims": self.dims,
             "env": [{k: torch.as_tensor(v) if isinstance(v, np.ndarray) else v for k, v in one.items()}
-                    for one in (() if failed else self.save_env(self.venv))],
+                    for one in (() if failed else self._env_state())],
             "frames": self.frames,
             "agent_steps": self.agent_steps,
             "seconds": time.perf_counter() - self._started,
@@ -321,6 +332,14 @@ class Trainer:
         self.logger.flush()
         self.checkpoints.save(self.frames, state, self.replay)
         self._saved = True
+
+    def _env_state(self) -> list[dict]:
+        """Of each environment; none where their processes have ended, as by the SIGTERM that ends this one."""
+        try:
+            return self.save_env(self.venv)
+        except Exception as error:
+            tqdm.write(f"the environments' state is not in this checkpoint: {(str(error) or type(error).__name__)}")
+            return []
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:

@@ -11,13 +11,15 @@ import numpy as np
 from loopwm.training.protocols import Agent
 from loopwm.training.rollout import rollout
 
+LONGEST_FILM = 1500  # frames of an episode, which are in memory at once
+
 
 class VideoError(RuntimeError):
     """No video; the text is one line that says why."""
 
 
 def film_episode(agent: Agent, make_env: Callable[[], Any], seed: int, path: Path) -> np.ndarray:
-    """Play one deterministic episode and write it as mp4; returns its frames (T, H, W, 3) uint8.
+    """Play one deterministic episode and write it as mp4; returns its frames (T, H, W, 3) uint8, T <= LONGEST_FILM.
 
     Args:
         make_env: makes a vector environment of one, with rendering.
@@ -38,14 +40,18 @@ def film_episode(agent: Agent, make_env: Callable[[], Any], seed: int, path: Pat
 
 
 def record_episode(agent: Agent, venv: Any, seed: int) -> np.ndarray:
-    """Play one deterministic episode in ``venv`` (made with rendering) -> frames (T, H, W, 3) uint8."""
+    """Play one deterministic episode in ``venv`` (made with rendering), as long as it is or a film may be.
+
+    Returns:
+        frames (T, H, W, 3) uint8.
+    """
     images: list[np.ndarray] = []
 
     def keep(finished: int) -> None:
         if not finished:
             images.append(venv.call("render")[0])
 
-    rollout(agent, venv, 1, seed=seed, on_step=keep)
+    rollout(agent, venv, 1, seed=seed, on_step=keep, stop=lambda: len(images) == LONGEST_FILM)
     return np.stack(images)
 
 
