@@ -99,6 +99,11 @@ def rules(model: nn.Module, gate: GateHalting) -> dict[str, Callable[[float], Ha
     } | certified
 
 
+def mixed(data: Examples) -> Examples:
+    """In random order, as a world gives them: in a batch of one difficulty all rows would stop together."""
+    return data.rows(torch.from_numpy(np.random.default_rng(0).permutation(len(data))))
+
+
 def error_and_loops(task: Task, model: nn.Module, data: Examples, depth: int | None) -> tuple[float, np.ndarray]:
     """(error, loops (n,)) at a depth, or by the model's rule."""
     errors, loops = predict_errors(task, model, data, depth)
@@ -189,7 +194,7 @@ def main(arguments: list[str]) -> None:
     recipe = prepared(task, {"looped": task.models["looped"]}, folder, args, quick_steps=400)["looped"]
     train_all(task, [replace(recipe, seed=seed) for seed in seeds], folder, args.jobs, args.device)
     full, rows, repeats = FULL * recipe.loops, [], 1 if args.quick else 5
-    check, data = task.examples(each // 2, LONGEST, VALIDATION), task.examples(each, LONGEST, TEST)
+    check, data = task.examples(each // 2, LONGEST, VALIDATION), mixed(task.examples(each, LONGEST, TEST))
     for seed in seeds:
         model = load(task, replace(recipe, seed=seed), folder)
         model.dynamics.max_loops = full

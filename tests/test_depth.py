@@ -64,6 +64,8 @@ def inputs(batch: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 class Affine:
     """x -> fixed + rate (x - fixed), rate (B,): x[t] = fixed + rate^t (x[0] - fixed). Counts the rows it was given."""
 
+    waiting = 0.0
+
     def __init__(self, fixed: torch.Tensor, rate: torch.Tensor, rows: list | None = None):
         self.fixed, self.rate, self.rows = fixed, rate, [] if rows is None else rows
 
@@ -72,7 +74,41 @@ class Affine:
         return self.fixed + self.rate.view(-1, *[1] * (x.ndim - 1)) * (x - self.fixed)
 
     def select(self, index: torch.Tensor) -> "Affine":
-        return Affine(self.fixed[index], self.rate[index], self.rows)
+        selected = Affine(self.fixed[index], self.rate[index], self.rows)
+        selected.waiting = self.waiting
+        return selected
+
+
+@pytest.mark.parametrize("solver", ["plain", "anderson"])
+@pytest.mark.parametrize("patience", [1, 3])
+@pytest.mark.parametrize("name", ["residual", "second_difference", "random", "gate"])
+def test_rows_that_wait_for_others_to_leave_change_nothing(name, patience, solver):
+    """Loops, states and the states before are those of rows that leave at once, but fewer sizes of batches are met."""
+    torch.manual_seed(1)
+    stream, found = torch.Generator().manual_seed(0), []
+    fixed, start = (torch.randn(40, 6, dtype=DOUBLE, generator=stream) for _ in range(2))
+    rate = torch.rand(40, dtype=DOUBLE, generator=stream) * 0.9
+    gate = GateHalting(6, 0.8).double()
+    torch.nn.init.normal_(gate.gate.layers[-1].weight, generator=stream)
+    for waiting in (0.0, 0.3, 0.9):
+        loop = Affine(fixed, rate)
+        loop.waiting = waiting
+        rules = {
+            "residual": ResidualHalting(0.01),
+            "second_difference": SecondDifferenceHalting(0.01),
+            "random": RandomHalting(torch.arange(1, 30)),
+            "gate": gate,
+        }
+        rule = PatientHalting(rules[name], patience).begin(None, start, start)
+        out = loop_adaptive(loop, start, rule, SOLVERS[solver]().begin(2.0), 2, 25)
+        found.append((out.h, out.previous(), out.loops(), loop.rows))
+    (h, previous, loops, rows), *others = found
+    various = loops.unique().numel() > 3  # Anderson's mixing solves these maps at once
+    assert sum(rows) == int(loops.sum()) and (various or solver == "anderson")
+    for waited, before, same, more in others:
+        assert torch.equal(loops, same)
+        assert not various or (len(set(more)) < len(set(rows)) and sum(more) > sum(rows))
+        torch.testing.assert_close((waited, before), (h, previous))
 
 
 RATES = torch.tensor([0.2, 0.5, 0.8, 0.9, 0.3], dtype=DOUBLE)
@@ -608,6 +644,8 @@ def evaluations(loop, x: torch.Tensor, solver, goal: float, most: int = 3000) ->
 
 class Linear:
     """x -> x W + b with W of a known spectrum; ``slope`` < 1 bends it by a leaky ReLU."""
+
+    waiting = 0.0
 
     def __init__(self, weight: torch.Tensor, offset: torch.Tensor, slope: float = 1.0):
         self.weight, self.offset, self.slope = weight, offset, slope

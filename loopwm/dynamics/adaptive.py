@@ -27,36 +27,49 @@ def loop_adaptive(loop: Callable, h: Tensor, rule: HaltingRun, solver: SolverRun
     ``loop.select(index)`` is the same loop on some of its samples. The result is always the output of the block, also
     where the solver chose what entered it: that is what the rules' bounds speak of.
 
-    Rows leave at once, whatever the size of the batch: with D = 64 on one CPU core taking them out costs 7 to 9 us up
-    to 128 rows and 16 us at 512, a row left in costs 0.34 us a loop and the mask it needs 3 us, so waiting gains at
-    most a few per cent of a prediction, at 4 to 16 rows, and loses everywhere else.
+    Finished rows leave the batch when they are more than ``loop.waiting`` of it. Vectors leave at once: with D = 64 on
+    one CPU core taking them out costs 7 to 9 us up to 128 rows and 16 us at 512, a row left in costs 0.34 us a loop and
+    the mask it needs 3 us, so waiting gains at most a few per cent of a prediction, at 4 to 16 rows, and loses
+    everywhere else. Convolutions wait: see ``ConvLoop``.
     """
     batch = h.shape[0]
-    final, last = h.clone(), h.clone()  # rows are filled as samples finish; `last` is the state one loop earlier
-    loops = torch.zeros(batch, dtype=torch.int64, device=h.device)
-    index: Tensor | None = None  # rows of the batch still running; None: all
+    if not batch:
+        return LoopResult(h, lambda: h, lambda: torch.zeros(0, dtype=torch.int64, device=h.device))
+    done: list[tuple[Tensor, Tensor, Tensor, int]] = []  # rows, their states after and before their last loop, its t
+    index: Tensor | None = None  # rows of the batch that are still looped; None: all
+    running: Tensor | None = None  # (n,) bool, those of them that have not finished; None: all
+    finished, gone_before = 0, 0  # rows in all; those of them that have left
     for t in range(1, high + 1):
         previous, h = h, loop(h)
         halted = _checked(rule(h, previous), len(h)) if t >= low or rule.sees_every_loop else None
         if t == high:
             halted = torch.ones(h.shape[0], dtype=torch.bool, device=h.device)
+        if halted is not None and running is not None:
+            halted = halted & running
         if t < low or not halted.any():
             h = solver(previous, h)
             continue
-        gone = halted.nonzero().squeeze(1)
-        rows = gone if index is None else index[gone]
-        final = final.index_copy(0, rows, h[gone])
-        last = last.index_copy(0, rows, previous[gone])
-        loops[rows] = t
-        stay = (~halted).nonzero().squeeze(1)
-        if stay.numel() == 0:
+        rows = halted.nonzero().squeeze(1)
+        done.append((rows if index is None else index[rows], h[rows], previous[rows], t))
+        finished += len(rows)
+        if finished == batch:
             break
-        index = stay if index is None else index[stay]
-        h = solver(previous, h)[stay]
-        loop = loop.select(stay)
-        rule.keep(stay)
-        solver.keep(stay)
-    return LoopResult(final, lambda: last, lambda: loops)
+        running = ~halted if running is None else running & ~halted
+        h = solver(previous, h)
+        if finished - gone_before > loop.waiting * len(h):
+            stay, gone_before = running.nonzero().squeeze(1), finished
+            index, running, h = stay if index is None else index[stay], None, h[stay]
+            loop = loop.select(stay)
+            rule.keep(stay)
+            solver.keep(stay)
+    rows, after, before, at = zip(*done, strict=True)
+    place = torch.cat(rows).argsort()  # (B,) where each sample's own stand
+    each = torch.tensor([len(some) for some in rows])
+    return LoopResult(
+        torch.cat(after)[place],
+        lambda: torch.cat(before)[place],
+        lambda: torch.tensor(at).repeat_interleave(each).to(place.device)[place],
+    )
 
 
 def _checked(halted: Tensor, samples: int) -> Tensor:

@@ -24,6 +24,9 @@ class Loop(Protocol):
         """Whether all loops may run as one autograd node (see ``unroll``)."""
         ...
 
+    waiting: float
+    """Share of a batch's rows that may have finished before they are taken out of it (see ``loop_adaptive``)."""
+
     def __call__(self, h: Tensor) -> Tensor: ...
 
     def first(self, rows: int) -> Loop:
@@ -287,6 +290,7 @@ class PreparedLoop:
     """A cell with its weights and its input fixed: ``h = loop(h)`` is one application of the shared block."""
 
     __slots__ = ("decay", "constant", "injected", "read", "write", "activation")
+    waiting = 0.0
 
     @property
     def fused(self) -> bool:

@@ -59,11 +59,11 @@ class RepeatedLayers(RepeatedBlock):
 class PreparedLayers:
     """Layers with their weights and their input fixed: one application of the whole block."""
 
-    __slots__ = ("loops",)
+    __slots__ = ("loops", "waiting")
     fused = False
 
     def __init__(self, loops: list[Loop]):
-        self.loops = loops
+        self.loops, self.waiting = loops, max(loop.waiting for loop in loops)
 
     def __call__(self, h: Tensor) -> Tensor:
         for loop in self.loops:

@@ -129,6 +129,7 @@ class RankLoop:
 
     __slots__ = ("decay", "constant", "injected", "read", "scale", "one_node")
     fused = False  # as ``unroll`` means it
+    waiting = 0.0
 
     def __init__(self, decay: Tensor, constant: Tensor, injected: Tensor, read: Tensor, scale: Tensor, one_node: bool):
         self.decay, self.constant, self.injected = decay, constant, injected

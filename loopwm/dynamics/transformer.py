@@ -90,6 +90,7 @@ class TransformerLoop:
 
     __slots__ = ("cell", "decay", "e", "constant", "injected")
     fused = False
+    waiting = 0.0
 
     def __init__(self, cell: TransformerCell, decay: Tensor, e: Tensor, constant: Tensor, injected: Tensor):
         self.cell, self.decay, self.e, self.constant, self.injected = cell, decay, e, constant, injected

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 class HaltingRun(Protocol):
     """A rule in one prediction: ``run(h, previous)`` -> (n,) bool, True where looping may stop.
 
-    h (n, ...) is the state after this loop, previous the one before, of the n samples still running.
+    h (n, ...) is the state after this loop, previous the one before, of the n samples in the batch. Some of them may
+    have stopped before, and wait for others to leave it with: what is said of those changes nothing.
     """
 
     sees_every_loop: bool  # False: need not be called before ``min_loops``
