@@ -357,7 +357,11 @@ def validation_set(task: Task, each: int = 200) -> Examples:
 
 def validation_error(task: Task, model: nn.Module, recipe: Recipe, data: Examples) -> float:
     """Error on examples of the trained difficulty, at twice the controls' depth for a loop of random depth."""
-    return task.pool(predict_errors(task, model, data, recipe.depth(2))[0])
+    training = model.training
+    try:
+        return task.pool(predict_errors(task, model.eval(), data, recipe.depth(2))[0])
+    finally:
+        model.train(training)
 
 
 def load(task: Task, recipe: Recipe, folder: Path) -> nn.Module:

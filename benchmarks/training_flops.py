@@ -3,8 +3,8 @@
 The loop alone, with a layer of its own before it or after it, with two layers in the block at half the loops, and,
 where a task has models that are repeated, all of it looped: prelude, two loops, coda, once for each unit of the
 difficulty; beside the stack of equal FLOPs (``benchmarks.lab``). FLOPs are torch's own count of whole updates (forward
-passes without gradient too), the mean of several at depths as training draws them: for a loop of random depth three
-quarters of the stack's on the mean. The error is that of validation data, such a loop's at twice the stack's depth, its
+passes without gradient too), the mean over the depths that training may draw: for a loop of random depth three
+quarters of the stack's. The error is that of validation data, such a loop's at twice the stack's depth, its
 last value the final one. ``--loop`` says which of a task's loops it is. ``--more-of`` an earlier result keeps its
 seeds and learning rates and trains the seeds that it lacks.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,16 +42,33 @@ def variants(task: Task, steps: int, loop: str = "looped") -> dict[str, Recipe]:
     } | ({"all of it looped": replace(whole, steps=steps, loops=2)} if whole else {})
 
 
-def flops_of_update(task: Task, recipe: Recipe, draws: int = 32) -> float:
-    """Mean FLOPs of one update on one batch."""
+class End(NamedTuple):
+    """A random stream that draws one end of everything: FLOPs are linear in depths, so their mean is that of both."""
+
+    highest: bool
+    free: bool  # whether the batch first goes through loops without gradient, as every second one does
+
+    def integers(self, low: int, high: int) -> int:
+        return high - 1 if self.highest else low
+
+    def random(self) -> float:
+        return 0.0 if self.free else 1.0
+
+
+def flops_of_update(task: Task, recipe: Recipe, batches: int = 8) -> float:
+    """Mean FLOPs of one update on one batch: over so many batches, and over all depths that may be drawn."""
     torch.manual_seed(0)
     rng, model, data = np.random.default_rng(0), task.model(recipe), task.training_set()
+    ends = [
+        End(highest, free) for highest in (False, True) for free in ((False, True) if recipe.free_loops else (False,))
+    ]
     with FlopCounterMode(display=False) as counter:
-        for _ in range(draws):
+        for _ in range(batches):
             batch = data.rows(torch.from_numpy(rng.integers(0, len(data), task.batch)))
-            with model.dynamics.frozen():
-                task.loss(model, recipe, batch, rng).backward()
-    return counter.get_total_flops() / draws
+            for end in ends:
+                with model.dynamics.frozen():
+                    task.loss(model, recipe, batch, end).backward()
+    return counter.get_total_flops() / batches / len(ends)
 
 
 def steps_to(error: float, curve: list[tuple[int, float]]) -> int | None:
@@ -58,26 +76,29 @@ def steps_to(error: float, curve: list[tuple[int, float]]) -> int | None:
     return next((step for step, found in curve if found <= error), None)
 
 
-def evaluate(task: Task, plan: dict[str, Recipe], seed: int, folder: Path, flops: dict[str, float]) -> list[dict]:
+def trained(plan: dict[str, Recipe], seed: int, folder: Path) -> dict[str, dict]:
+    """Variant -> what is on record of its training with a seed."""
+    recipes = {name: replace(recipe, seed=seed) for name, recipe in plan.items()}
+    return {name: summary(r, folder) | {"curve": learning_curve(r, folder)} for name, r in recipes.items()}
+
+
+def evaluate(found: dict[str, dict], flops: dict[str, float]) -> list[dict]:
     """One row a variant of one seed: against the control of the same seed."""
-    goal = learning_curve(replace(plan[CONTROL], seed=seed), folder)[-1][1]
-    spent = flops[CONTROL] * steps_to(goal, learning_curve(replace(plan[CONTROL], seed=seed), folder))
+    goal = found[CONTROL]["curve"][-1][1]
+    spent = flops[CONTROL] * steps_to(goal, found[CONTROL]["curve"])
     rows = []
-    for name, recipe in plan.items():
-        recipe = replace(recipe, seed=seed)
-        curve = learning_curve(recipe, folder)
-        reached = steps_to(goal, curve)
+    for name, record in found.items():
+        reached = steps_to(goal, record["curve"])
+        measured = {
+            "variant": name,
+            "flops_per_update": flops[name],
+            "goal": goal,
+            "error": record["curve"][-1][1],
+            "steps_to_goal": reached,
+            "speedup": None if reached is None else round(spent / (flops[name] * reached), 4),
+        }
         rows.append(
-            summary(recipe, folder)
-            | {
-                "variant": name,
-                "flops_per_update": flops[name],
-                "goal": goal,
-                "error": curve[-1][1],
-                "steps_to_goal": reached,
-                "speedup": None if reached is None else round(spent / (flops[name] * reached), 4),
-                "curve": curve,
-            }
+            {key: value for key, value in record.items() if key != "curve"} | measured | {"curve": record["curve"]}
         )
     return rows
 
@@ -172,11 +193,7 @@ def main(arguments: list[str]) -> None:
     new = [seed for seed in seeds if seed not in earlier]
     train_all(task, [replace(r, seed=seed) for seed in new for r in plan.values()], folder, args.jobs, args.device)
     flops = {name: flops_of_update(task, recipe) for name, recipe in plan.items()}
-    rows = [
-        row
-        for seed in seeds
-        for row in (earlier[seed].values() if seed in earlier else evaluate(task, plan, seed, folder, flops))
-    ]
+    rows = [row for seed in seeds for row in evaluate(earlier.get(seed) or trained(plan, seed, folder), flops)]
     if args.figure:
         draw(task, rows, args.figure)
     report("training_flops", args, seeds, rows, *verdict(rows))

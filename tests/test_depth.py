@@ -108,8 +108,8 @@ def test_rows_that_wait_for_others_to_leave_change_nothing(name, patience, solve
     for waited, before, same, more in others:
         assert torch.equal(loops, same)
         assert not various or (len(set(more)) <= len(set(rows)) and sum(more) >= sum(rows))
-    assert not various or len(set(others[-1][-1])) < len(set(rows))
         torch.testing.assert_close((waited, before), (h, previous))
+    assert not various or len(set(others[-1][-1])) < len(set(rows))
 
 
 RATES = torch.tensor([0.2, 0.5, 0.8, 0.9, 0.3], dtype=DOUBLE)
@@ -461,6 +461,19 @@ def test_gate_loss_by_hand():
     assert float(gate.layers[2].bias.grad) == pytest.approx((1 - mean) / mean)
 
 
+def test_gate_loss_asks_the_gate_of_every_loop_what_is_still_to_come():
+    """With weights that see all of it: state, step and the loop's number, one loop after the other."""
+    torch.manual_seed(0)
+    gate, states, losses = DropForecast(6).double(), randn(6, 4, 6), randn(5, 4, seed=3)
+    for layer in (gate.layers[0], gate.layers[2]):
+        torch.nn.init.normal_(layer.weight)
+    drop = remaining_drop(losses)
+    forecasts = [gate(states[t], states[t - 1], t) for t in range(1, 5)]
+    terms = [f.exp() - drop[t] * f for t, f in enumerate(forecasts)]
+    expected = torch.stack(terms).mean() / drop[:4].mean()
+    torch.testing.assert_close(gate_loss(gate, states, losses), expected)
+
+
 def test_gate_loss_trains_the_gate_and_nothing_else():
     dynamics = looped(halting="gate")
     z, action = inputs(5)
@@ -804,6 +817,21 @@ def test_adjoint_is_within_its_certified_distance_in_the_iterations_foretold(sha
         )[0] for i in range(6)
     ])  # fmt: skip
     torch.testing.assert_close(u.view(6, 12), alone, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_no_number_is_not_iterated_to_the_end(bad):
+    """Its row stays without one, and the others are what they are without it."""
+    _, _, loop = case((6,))
+    before = randn(5, 6, seed=4).requires_grad_()
+    grad = randn(5, 6, seed=5)
+    expected, most = solve_adjoint(loop(before), before, grad, 0.95, 1e-6, PlainSolver())
+    spoilt = grad.clone()
+    spoilt[2, 1] = bad
+    found, iterations = solve_adjoint(loop(before), before, spoilt, 0.95, 1e-6, PlainSolver())
+    assert iterations <= most and not found[2].isfinite().all()
+    others = [0, 1, 3, 4]
+    torch.testing.assert_close(found[others], expected[others])
 
 
 def test_adjoint_iterations_by_hand():

@@ -817,6 +817,13 @@ def test_every_control_takes_every_word_of_the_loop_and_no_other(name):
             DYNAMICS[name](Z, A, D, **change)
 
 
+@pytest.mark.parametrize("word", ["min_loops", "mean_loops", "max_loops"])
+@pytest.mark.parametrize("loops", [0, 4.0, True])
+def test_loops_are_counted_in_whole_numbers(word, loops):
+    with pytest.raises(ValueError, match=f"{word} must be an integer of at least 1"):
+        LoopedDynamics(Z, A, D, **{word: loops})
+
+
 # ---- what a person can get wrong, in words ----------------------------------------------------------
 
 

@@ -126,10 +126,12 @@ def test_what_it_refuses():
     dynamics, (z, action) = made(), batch()
     with pytest.raises(ValueError, match="take no h0"):
         dynamics(z, action, 2, torch.zeros(B, D))
-    with pytest.raises(ValueError, match="at least 1"):
-        dynamics(z, torch.cat([action[:, :-1], torch.zeros(B, 1)], -1), 2)
-    with pytest.raises(ValueError, match="at most 5 times, got 6"):
-        dynamics(z, torch.cat([action[:, :-1], torch.full((B, 1), 6.0)], -1), 2)
+    for n in (0, 6):
+        with pytest.raises(ValueError, match=f"repeated 1 to 5 times, got {n} to {n}"):
+            dynamics(z, torch.cat([action[:, :-1], torch.full((B, 1), float(n))], -1), 2)
+    for counts in (torch.ones(B - 1, dtype=torch.long), torch.ones(B), torch.ones(B, 1, dtype=torch.long), 3):
+        with pytest.raises(ValueError, match="whole number of applications for each of"):
+            RepeatedDynamics(dynamics.step, lambda action, n=counts: (action[:, :-1], n), 5)(z, action, 2)
     with pytest.raises(ValueError, match="depth must be at least 1"):
         dynamics(z, action, 0)
     with pytest.raises(ValueError, match="prediction of a world model"):

@@ -122,7 +122,7 @@ def solve_adjoint(
     run, u = solver.begin(order), grad
     goal = tolerance * sample_norm(grad, order) * (1.0 - rho) / max(rho, 1e-12)  # (B,) size of the last step
     rounding = 4 * torch.finfo(grad.dtype).eps
-    done = goal <= 0
+    done = ~(goal > 0) | goal.isinf()  # of what is no number nothing comes to rest
     final, most = grad, 2 * adjoint_iterations(rho, tolerance)  # twice: a solver's detours are at most every second
     for iteration in range(1, most + 1):
         image = grad + torch.autograd.grad(after, before, u, retain_graph=True)[0]

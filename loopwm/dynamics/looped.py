@@ -21,6 +21,7 @@ from loopwm.dynamics.cell import CERTIFIED, MODES, Cell, Loop
 from loopwm.dynamics.depth import DepthSchedule, check_sampler, sample_depths
 from loopwm.dynamics.gradients import GRADIENTS
 from loopwm.dynamics.halting import HaltingRule, make_halting
+from loopwm.dynamics.halting.rule import whole
 from loopwm.dynamics.penalty import jacobian_penalty
 from loopwm.dynamics.solvers import SOLVERS
 from loopwm.dynamics.spectral import autocasts
@@ -44,8 +45,8 @@ class LoopedDynamics(nn.Module):
     through normalised weights, several depths at once, block ``rank`` or implicit gradients raise RuntimeError. Under
     autocast weights are folded, and bounds computed, in full precision; loops then multiply by these rounded to 16
     bits, which may stretch a little further (1.7 % was built for one matrix of width 64): the bound is not of autocast.
-    Transforms of ``torch.func`` work inside ``with dynamics.frozen():``. Save its ``state_dict()``: a parametrised
-    module cannot be pickled.
+    Transforms of ``torch.func`` work inside ``with dynamics.frozen():``, but for block ``rank``, and for vectors whose
+    samples go unequally deep. Save its ``state_dict()``: a parametrised module cannot be pickled.
 
     Args:
         latent_dim: Z. action_dim: A. hidden_dim: D, width of h.
@@ -81,7 +82,9 @@ class LoopedDynamics(nn.Module):
         **architecture: Any,
     ):
         super().__init__()
-        if not 1 <= min_loops <= mean_loops <= max_loops:
+        for loops, name in ((min_loops, "min_loops"), (mean_loops, "mean_loops"), (max_loops, "max_loops")):
+            whole(loops, name)
+        if not min_loops <= mean_loops <= max_loops:
             raise ValueError(
                 f"need 1 <= min_loops <= mean_loops <= max_loops, got {min_loops}, {mean_loops}, {max_loops}"
             )

@@ -55,9 +55,7 @@ class RepeatedDynamics(nn.Module):
         if h0 is not None:
             raise ValueError("repeated dynamics start every application anew and take no h0")
         once, times = self.split(action)
-        plan = DepthSchedule(times)
-        if len(plan.active) > self.most:
-            raise ValueError(f"a step is repeated at most {self.most} times, got {len(plan.active)}")
+        plan = DepthSchedule(_counts(times, len(z), self.most))
         if isinstance(depth, (Tensor, DepthSchedule)):
             depth = DepthSchedule.of(depth, len(z)).loops.to(z.device)  # it may have been drawn on the CPU
         if plan.order is not None:
@@ -107,6 +105,17 @@ class RepeatedDynamics(nn.Module):
     def measured_contraction(self, z: Tensor, action: Tensor, loops: int | None = None) -> float:
         """That of a loop of ``step``, in the first application."""
         return self.step.measured_contraction(z, self.split(action)[0], loops)
+
+
+def _counts(times: Tensor, batch: int, most: int) -> Tensor:
+    """``times`` as ``split`` gave them. Raises ValueError unless each sample has a whole number of them, 1 to most."""
+    whole = isinstance(times, Tensor) and not (times.is_floating_point() or times.dtype == torch.bool)
+    if not whole or times.shape != (batch,):
+        got = f"{tuple(times.shape)} {times.dtype}" if isinstance(times, Tensor) else repr(times)
+        raise ValueError(f"split must give a whole number of applications for each of {batch} samples, got {got}")
+    if batch and not 1 <= int(times.min()) <= int(times.max()) <= most:
+        raise ValueError(f"a step is repeated 1 to {most} times, got {int(times.min())} to {int(times.max())}")
+    return times
 
 
 def _rows(depth: Depth, rows: Tensor | slice) -> Depth:
