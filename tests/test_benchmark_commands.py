@@ -3,10 +3,12 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import adaptive_depth, depth_extrapolation, loop_design, parameter_efficiency, training_flops
+from benchmarks import adaptive_depth, depth_extrapolation, lab, loop_design, parameter_efficiency, training_flops
 from benchmarks.grid_tasks import Permutation
 
 TINY = {"hidden": 4, "loops": 8}  # so that a quarter of them is a depth, of half of them too
@@ -52,6 +54,95 @@ def test_parameter_efficiency(run):
     for sizes in ("0x4", "32", "4x4x4", "8x2"):
         with pytest.raises(SystemExit):
             run(parameter_efficiency, "--sizes", sizes)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Of every prediction for an error: (module that asked, role of the data, loops asked for or None, the model's)."""
+    roles = {lab.TRAINING: "training", lab.VALIDATION: "validation", lab.TEST: "test", lab.IN_A_ROW: "in a row"}
+    made, found = [], []  # examples are kept, so that no two have one id
+
+    def spying(name):
+        make = getattr(Permutation, name)
+
+        def spy(self, each, second, seed, *rest):
+            data = make(self, each, second, seed, *rest)
+            made.append((data, roles[seed]))
+            return data
+
+        monkeypatch.setattr(Permutation, name, spy)
+
+    spying("examples")
+    spying("sequence")
+    inputs = lambda data: (data if isinstance(data, lab.Examples) else data[0]).inputs[0]  # noqa: E731
+
+    def role(data) -> str:
+        rows = inputs(data)
+        same = [
+            role for made_of, role in made if len(inputs(made_of)) == len(rows) and inputs(made_of).sum() == rows.sum()
+        ]
+        return same[0] if same else "nobody's"
+
+    for module in (lab, parameter_efficiency, depth_extrapolation, adaptive_depth):
+        for name in ("predict_errors", "open_loop_errors"):
+            if hasattr(module, name) and not (module is lab and name == "open_loop_errors"):
+                ask = getattr(module, name)
+
+                def spy(task, model, data, depth, *rest, ask=ask, module=module):
+                    found.append((module.__name__.rpartition(".")[2], role(data), depth, model.training))
+                    return ask(task, model, data, depth, *rest)
+
+                monkeypatch.setattr(module, name, spy)
+    return found
+
+
+def test_errors_are_of_test_data_and_choices_of_validation_data(run, asked, monkeypatch, tmp_path):
+    """At the controls' depth, or as deep as a benchmark says; what is chosen or logged while training is neither."""
+    monkeypatch.setattr(
+        lab.ProcessPoolExecutor, "submit", lambda pool, train, *a: SimpleNamespace(result=partial(train, *a))
+    )
+    loops = TINY["loops"]
+    run(parameter_efficiency, "--rates", "0.001", "0.002", "--rates-in-full")
+    by = {(module, role) for module, role, *_ in asked}
+    assert by == {("lab", "validation"), ("parameter_efficiency", "test"), ("parameter_efficiency", "in a row")}
+    depths = {depth for module, role, depth, _ in asked if module == "parameter_efficiency"}
+    assert depths == {loops, None}, "a loop is read at the controls' FLOPs"
+    assert {depth for module, _, depth, _ in asked if module == "lab"} == {2 * loops, None}
+    assert not any(training for *_, training in asked)
+    asked.clear()
+    run(depth_extrapolation)
+    assert {(module, role) for module, role, *_ in asked} == {("depth_extrapolation", "test")}
+    asked.clear()
+    run(adaptive_depth)
+    halting = [role for module, role, depth, _ in asked if module == "adaptive_depth" and depth is None]
+    assert set(halting) == {"validation", "test"}, "a tolerance is chosen on the one and read on the other"
+    asked.clear()
+    args = SimpleNamespace(rates=[0.001, 0.002], jobs=1, device="cpu")
+    recipes = {"looped": replace(Permutation.models["looped"], steps=8)}
+    chosen = lab.choose_rates(Permutation(), recipes, tmp_path / "rates", args)
+    assert chosen["looped"].learning_rate in args.rates and {role for _, role, *_ in asked} == {"validation"}
+
+
+def test_loops_and_controls_train_alike(monkeypatch, tmp_path):
+    """On the same rows in the same order, at the learning rate that was asked for."""
+    seen, rates = [], []
+    task = Permutation()
+    monkeypatch.setattr(Permutation, "training_set", lambda self: self.examples(30, 8, 1))
+    loss, adam = Permutation.loss, lab.torch.optim.Adam
+    monkeypatch.setattr(
+        Permutation,
+        "loss",
+        lambda self, m, r, batch, rng: seen.append(batch.inputs[0].clone()) or loss(self, m, r, batch, rng),
+    )
+    monkeypatch.setattr(lab.torch.optim, "Adam", lambda parameters, rate: rates.append(rate) or adam(parameters, rate))
+    for name in ("stacked", "single_pass", "looped, fixed depth", "untied, letter by letter"):
+        lab.train(task, replace(Permutation.models[name], **TINY, steps=6, learning_rate=0.003), tmp_path)
+    runs = [seen[i : i + 6] for i in range(0, 24, 6)]
+    assert rates == [0.003] * 4
+    for other in runs[1:]:
+        assert all(a.equal(b) for a, b in zip(runs[0], other, strict=True))
+    easy, hard = (int(batch[:, 25:, 0].sum((1, 2)).max()) for batch in (runs[0][0], runs[0][-1]))
+    assert easy < hard, "short words first, for all"
 
 
 def test_loop_design(run, monkeypatch):
