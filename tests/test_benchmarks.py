@@ -605,8 +605,9 @@ class TinyLadder(SmallTimeWarp):
     ladder = {"looped": ((4, 8), (6, 8)), "stacked": ((4, 8),)}
 
 
-def test_seeds_are_added_to_an_earlier_result_at_its_rates(tmp_path, monkeypatch):
-    """Its rows stay as they are and nothing of it is trained again; another task's result is refused."""
+@pytest.fixture
+def ladder(tmp_path, monkeypatch):
+    """(words, name of a JSON) -> what ``parameter_efficiency`` finds of a tiny ladder; ``trained``: for that."""
     trained = []
 
     def serially(task, recipes, folder, jobs, device):
@@ -626,6 +627,13 @@ def test_seeds_are_added_to_an_earlier_result_at_its_rates(tmp_path, monkeypatch
         parameter_efficiency.main(["--task", name, "--steps", "8", "--rates", "1e30", "0.001", *words.split(), *out])
         return json.loads((tmp_path / file).read_text(encoding="utf-8"))
 
+    run.trained = trained
+    return run
+
+
+def test_seeds_are_added_to_an_earlier_result_at_its_rates(ladder, tmp_path, monkeypatch):
+    """Its rows stay as they are and nothing of it is trained again."""
+    run, trained, name = ladder, ladder.trained, "timewarp-cartpole-swingup"
     one = run("--seeds 1", "a.json")
     assert len(trained) == 2 * 2 + 3 and one["task"] == name and one["options"]["rates"] == [1e30, 0.001]
     rates = {row["model"]: row["learning_rate"] for row in one["rows"]}
@@ -654,7 +662,12 @@ def test_seeds_are_added_to_an_earlier_result_at_its_rates(tmp_path, monkeypatch
     assert not trained and together["rows"] == wider["rows"]
     with pytest.raises(SystemExit):
         run(f"--seeds 2 --more-of {tmp_path / 'q.json'} {tmp_path / 'r.json'}", "g.json")
-    monkeypatch.setattr(TinyLadder, "ladder", TinyLadder.ladder | {"looped": ((4, 8), (6, 8))})
+
+
+def test_what_an_earlier_result_may_lack_and_what_not(ladder, tmp_path):
+    """Errors of what diverged, weights, and some of the errors; another task's result is refused."""
+    run, trained = ladder, ladder.trained
+    one = run("--seeds 1", "a.json")
     # A training that diverged has no error in JSON: an infinite one, than which every control is better.
     first, *others = one["rows"]
     lost = [first | {"error": dict.fromkeys(first["error"])}, *others]
