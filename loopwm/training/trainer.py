@@ -338,7 +338,7 @@ class Trainer:
         try:
             return self.save_env(self.venv)
         except Exception as error:
-            tqdm.write(f"the environments' state is not in this checkpoint: {(str(error) or type(error).__name__)}")
+            tqdm.write(f"the environments' state is not in this checkpoint: {str(error) or type(error).__name__}")
             return []
 
     def _restore(self, state: dict[str, Any]) -> None:
