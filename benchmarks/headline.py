@@ -53,15 +53,15 @@ DEPTH = {
         Line(PERMUTATION, "wide, sees all", None, "wide, 337k", OTHER),
     ],
     "sandpile, trained on up to 8 rounds": [
-        Line("depth_extrapolation_untold_rank", "looped, of the same cells, uncertified, untold", depth, label, color)
+        Line("depth_extrapolation_sandpile", "looped, of the same cells, uncertified, untold", depth, label, color)
         for depth, label, color in (
             (64, "looped, 64 loops, 8k", LOOPED),
             (16, "looped, 16 loops (the stack's FLOPs), 8k", ONCE),
         )
     ]
     + [
-        Line("depth_extrapolation_untold", f"{CERTIFIED}, untold", 64, "looped, certified, 64 loops, 8k", LOOPED, ":"),
-        Line("depth_extrapolation_untold_rank", "stacked, of the same cells, uncertified", None, "stacked, 86k", STACK),
+        Line("depth_extrapolation_sandpile", f"{CERTIFIED}, untold", 64, "looped, certified, 64 loops, 8k", LOOPED, ":"),
+        Line("depth_extrapolation_sandpile", "stacked, of the same cells, uncertified", None, "stacked, 86k", STACK),
         Line("depth_extrapolation", "wide", None, "wide, 170k", OTHER),
     ],
 }
