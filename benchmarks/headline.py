@@ -43,6 +43,7 @@ class Ladder(NamedTuple):
 
 
 CERTIFIED = "looped, certified in the sup norm"
+SANDPILE = "depth_extrapolation_sandpile"
 PERMUTATION = "depth_extrapolation_permutation"
 DEPTH = {
     "permutations, trained on up to 8 letters": [
@@ -53,15 +54,15 @@ DEPTH = {
         Line(PERMUTATION, "wide, sees all", None, "wide, 337k", OTHER),
     ],
     "sandpile, trained on up to 8 rounds": [
-        Line("depth_extrapolation_sandpile", "looped, of the same cells, uncertified, untold", depth, label, color)
+        Line(SANDPILE, "looped, of the same cells, uncertified, untold", depth, label, color)
         for depth, label, color in (
             (64, "looped, 64 loops, 8k", LOOPED),
             (16, "looped, 16 loops (the stack's FLOPs), 8k", ONCE),
         )
     ]
     + [
-        Line("depth_extrapolation_sandpile", f"{CERTIFIED}, untold", 64, "looped, certified, 64 loops, 8k", LOOPED, ":"),
-        Line("depth_extrapolation_sandpile", "stacked, of the same cells, uncertified", None, "stacked, 86k", STACK),
+        Line(SANDPILE, f"{CERTIFIED}, untold", 64, "looped, certified, 64 loops, 8k", LOOPED, ":"),
+        Line(SANDPILE, "stacked, of the same cells, uncertified", None, "stacked, 86k", STACK),
         Line("depth_extrapolation", "wide", None, "wide, 170k", OTHER),
     ],
 }
