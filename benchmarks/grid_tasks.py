@@ -43,7 +43,11 @@ MODELS = {  # name in the tables: recipe
     "stacked, of the same cells, uncertified": Recipe("stacked", hidden=16, layers=(2, 1, 1), block="rank"),
 }
 MODELS |= {f"{name}, untold": replace(MODELS[name], untold=True) for name in ("looped", SUP_NORM, RANK)}
-LETTER_BY_LETTER = tuple(f"{step}, letter by letter" for step in ("GRU", "single_pass", "untied"))  # permutations
+LETTER_BY_LETTER = {  # of permutations, see WordReader
+    "GRU, letter by letter": Recipe(GRU, repeated=True),
+    "single_pass, letter by letter": Recipe("single_pass", repeated=True),
+    "untied, letter by letter": Recipe("single_pass", repeated=True, untied=True),
+}
 LADDER = {
     "looped": ((16, 16), (24, 16), (32, 16)),
     "stacked": ((16, 4), (16, 8), (16, 16), (32, 4), (32, 8), (32, 16)),
@@ -307,10 +311,7 @@ class Permutation(GridTask):
         "looped, fixed depth": Recipe("looped", fixed=True),
         "looped, untold": Recipe("looped", untold=True),
         "stacked, twice as deep": Recipe("stacked", loops=2 * Recipe.loops),
-        "GRU, letter by letter": Recipe(GRU, repeated=True),
-        "single_pass, letter by letter": Recipe("single_pass", repeated=True),
-        "untied, letter by letter": Recipe("single_pass", repeated=True, untied=True),
-    }
+    } | LETTER_BY_LETTER
     ladder = LADDER | {
         **dict.fromkeys(("looped, fixed depth", "looped, untold"), LADDER["looped"]),
         **dict.fromkeys(LETTER_BY_LETTER, ((8, 16), (16, 16), (32, 16))),

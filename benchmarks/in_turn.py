@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from loopwm.dynamics import DynamicsOutput
+from loopwm.dynamics.base import relative_step
 from loopwm.dynamics.repeated import Split
 
 
@@ -34,7 +35,7 @@ class InTurn(nn.Module):
             after = step(given, z) if isinstance(step, nn.RNNCellBase) else step(z, given).z_next
             going = (place < k).unsqueeze(1)
             before, z = torch.where(going, z, before), torch.where(going, after, z)
-        return DynamicsOutput(z, z, lambda: k, lambda: (z - before).norm(dim=1) / before.norm(dim=1))
+        return DynamicsOutput(z, z, lambda: k, lambda: relative_step(z, before))
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

@@ -371,15 +371,20 @@ def load(task: Task, recipe: Recipe, folder: Path) -> nn.Module:
     return model.eval()
 
 
+def record(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """What ``train`` wrote of a recipe; its curve: (optimiser steps, validation error), early to late."""
+    written = json.loads((folder / f"{recipe.name}.json").read_text(encoding="utf-8"))
+    return written | {"curve": [tuple(at) for at in written["curve"]]}
+
+
 def summary(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """What ``train`` wrote of a recipe, without its curve."""
-    written = json.loads((folder / f"{recipe.name}.json").read_text(encoding="utf-8"))
-    return {key: value for key, value in written.items() if key != "curve"}
+    return {key: value for key, value in record(recipe, folder).items() if key != "curve"}
 
 
 def learning_curve(recipe: Recipe, folder: Path) -> list[tuple[int, float]]:
     """(optimiser steps, validation error), early to late."""
-    return [tuple(at) for at in json.loads((folder / f"{recipe.name}.json").read_text(encoding="utf-8"))["curve"]]
+    return record(recipe, folder)["curve"]
 
 
 def train_all(task: Task, recipes: list[Recipe], folder: Path, jobs: int, device: torch.device | str = "cpu") -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import earlier_rows, interval, report
-from benchmarks.lab import FLOOR, Recipe, Task, choose_rates, learning_curve, recipe_of, summary, train_all
+from benchmarks.lab import FLOOR, Recipe, Task, choose_rates, recipe_of, record, train_all
 from benchmarks.plots import plt, save_figure
 from benchmarks.tasks import TASKS, lab_parser
 
@@ -59,9 +60,8 @@ def flops_of_update(task: Task, recipe: Recipe, batches: int = 8) -> float:
     """Mean FLOPs of one update on one batch: over so many batches, and over all depths that may be drawn."""
     torch.manual_seed(0)
     rng, model, data = np.random.default_rng(0), task.model(recipe), task.training_set()
-    ends = [
-        End(highest, free) for highest in (False, True) for free in ((False, True) if recipe.free_loops else (False,))
-    ]
+    both = (False, True)
+    ends = [End(*bits) for bits in product(both, both if recipe.free_loops else (False,))]
     with FlopCounterMode(display=False) as counter:
         for _ in range(batches):
             batch = data.rows(torch.from_numpy(rng.integers(0, len(data), task.batch)))
@@ -76,30 +76,22 @@ def steps_to(error: float, curve: list[tuple[int, float]]) -> int | None:
     return next((step for step, found in curve if found <= error), None)
 
 
-def trained(plan: dict[str, Recipe], seed: int, folder: Path) -> dict[str, dict]:
-    """Variant -> what is on record of its training with a seed."""
-    recipes = {name: replace(recipe, seed=seed) for name, recipe in plan.items()}
-    return {name: summary(r, folder) | {"curve": learning_curve(r, folder)} for name, r in recipes.items()}
-
-
 def evaluate(found: dict[str, dict], flops: dict[str, float]) -> list[dict]:
-    """One row a variant of one seed: against the control of the same seed."""
+    """One row a variant of one seed, ``found`` what is on record of each: against the control of the same seed."""
     goal = found[CONTROL]["curve"][-1][1]
     spent = flops[CONTROL] * steps_to(goal, found[CONTROL]["curve"])
     rows = []
-    for name, record in found.items():
-        reached = steps_to(goal, record["curve"])
+    for name, training in found.items():
+        reached = steps_to(goal, training["curve"])
         measured = {
             "variant": name,
             "flops_per_update": flops[name],
             "goal": goal,
-            "error": record["curve"][-1][1],
+            "error": training["curve"][-1][1],
             "steps_to_goal": reached,
             "speedup": None if reached is None else round(spent / (flops[name] * reached), 4),
         }
-        rows.append(
-            {key: value for key, value in record.items() if key != "curve"} | measured | {"curve": record["curve"]}
-        )
+        rows.append(training | measured)
     return rows
 
 
@@ -193,7 +185,8 @@ def main(arguments: list[str]) -> None:
     new = [seed for seed in seeds if seed not in earlier]
     train_all(task, [replace(r, seed=seed) for seed in new for r in plan.values()], folder, args.jobs, args.device)
     flops = {name: flops_of_update(task, recipe) for name, recipe in plan.items()}
-    rows = [row for seed in seeds for row in evaluate(earlier.get(seed) or trained(plan, seed, folder), flops)]
+    found = earlier | {seed: {name: record(replace(r, seed=seed), folder) for name, r in plan.items()} for seed in new}
+    rows = [row for seed in seeds for row in evaluate(found[seed], flops)]
     if args.figure:
         draw(task, rows, args.figure)
     report("training_flops", args, seeds, rows, *verdict(rows))

@@ -72,7 +72,9 @@ REPEATED = {
     "stacked, repeated": replace(MODELS["stacked"], loops=2, repeated=True),
 }
 # The controls of repetition: each control step has weights of its own.
-REPEATED |= {f"{name}, untied": replace(REPEATED[name], untied=True) for name in list(REPEATED)[-2:]}
+REPEATED |= {
+    f"{name}, untied": replace(REPEATED[name], untied=True) for name in ("single_pass, repeated", "stacked, repeated")
+}
 REPEATED_LADDER = {
     "looped, linear, repeated": ((16, 4), (32, 2), (32, 4), (64, 2), (64, 4)),
     "looped, repeated": ((32, 4), (64, 4)),

@@ -60,7 +60,7 @@ def test_parameter_efficiency(run):
 def asked(monkeypatch):
     """Of every prediction for an error: (module that asked, role of the data, loops asked for or None, the model's)."""
     roles = {lab.TRAINING: "training", lab.VALIDATION: "validation", lab.TEST: "test", lab.IN_A_ROW: "in a row"}
-    made, found = [], []  # examples are kept, so that no two have one id
+    made, found = [], []
 
     def spying(name):
         make = getattr(Permutation, name)
@@ -74,9 +74,11 @@ def asked(monkeypatch):
 
     spying("examples")
     spying("sequence")
-    inputs = lambda data: (data if isinstance(data, lab.Examples) else data[0]).inputs[0]  # noqa: E731
 
-    def role(data) -> str:
+    def inputs(data):
+        return (data if isinstance(data, lab.Examples) else data[0]).inputs[0]
+
+    def role(data) -> str:  # by what is in it: a benchmark may have changed the order
         rows = inputs(data)
         same = [
             role for made_of, role in made if len(inputs(made_of)) == len(rows) and inputs(made_of).sum() == rows.sum()

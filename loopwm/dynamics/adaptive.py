@@ -32,13 +32,12 @@ def loop_adaptive(loop: Callable, h: Tensor, rule: HaltingRun, solver: SolverRun
     the mask it needs 3 us, so waiting gains at most a few per cent of a prediction, at 4 to 16 rows, and loses
     everywhere else. Convolutions wait: see ``ConvLoop``.
     """
-    batch = h.shape[0]
-    if not batch:
+    left = len(h)  # samples that have not finished
+    if not left:
         return LoopResult(h, lambda: h, lambda: torch.zeros(0, dtype=torch.int64, device=h.device))
     done: list[tuple[Tensor, Tensor, Tensor, int]] = []  # rows, their states after and before their last loop, its t
     index: Tensor | None = None  # rows of the batch that are still looped; None: all
     running: Tensor | None = None  # (n,) bool, those of them that have not finished; None: all
-    finished, gone_before = 0, 0  # rows in all; those of them that have left
     for t in range(1, high + 1):
         previous, h = h, loop(h)
         halted = _checked(rule(h, previous), len(h)) if t >= low or rule.sees_every_loop else None
@@ -51,13 +50,13 @@ def loop_adaptive(loop: Callable, h: Tensor, rule: HaltingRun, solver: SolverRun
             continue
         rows = halted.nonzero().squeeze(1)
         done.append((rows if index is None else index[rows], h[rows], previous[rows], t))
-        finished += len(rows)
-        if finished == batch:
+        left -= len(rows)
+        if not left:
             break
         running = ~halted if running is None else running & ~halted
         h = solver(previous, h)
-        if finished - gone_before > loop.waiting * len(h):
-            stay, gone_before = running.nonzero().squeeze(1), finished
+        if len(h) - left > loop.waiting * len(h):
+            stay = running.nonzero().squeeze(1)
             index, running, h = stay if index is None else index[stay], None, h[stay]
             loop = loop.select(stay)
             rule.keep(stay)

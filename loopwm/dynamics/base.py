@@ -138,14 +138,10 @@ def banach_distance(rho: float, h: Tensor, step: Tensor, order: float = 2.0) -> 
 
 
 def relative_step(h: Tensor, previous: Tensor) -> Tensor:
-    """||h - previous|| / ||previous|| per sample, without gradient: (B, ...), (B, ...) -> (B,)."""
-    return relative_size(h.detach() - previous.detach(), previous)
-
-
-@torch.no_grad()
-def relative_size(step: Tensor, previous: Tensor) -> Tensor:
-    """||step|| / ||previous|| per sample, without gradient: (B, ...), (B, ...) -> (B,)."""
-    return sample_norm(step) / sample_norm(previous).clamp_min(1e-8)
+    """||h - previous|| / ||previous|| per sample: (B, ...), (B, ...) -> (B,)."""
+    with torch.no_grad():
+        h, previous = h.detach(), previous.detach()
+        return sample_norm(h - previous) / sample_norm(previous).clamp_min(1e-8)
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from loopwm.dynamics.base import relative_size
+from loopwm.dynamics.base import relative_step
 from loopwm.dynamics.cell import Cell
 from loopwm.dynamics.halting.rule import HaltingRule, HaltingRun, positive
 
@@ -47,10 +47,9 @@ class DropForecast(nn.Module):
         Raises:
             ValueError: for states of another width.
         """
-        step = h - previous
-        parts = [part for x in (h, step) for part in self._read(x)]  # each (n, D)
+        parts = [part for x in (h, h - previous) for part in self._read(x)]  # each (n, D)
         # Directions and sizes apart: steps shrink by orders of magnitude, and their size says most.
-        size = relative_size(step, previous).clamp_min(1e-8).log().unsqueeze(1)  # (n, 1)
+        size = relative_step(h, previous).clamp_min(1e-8).log().unsqueeze(1)  # (n, 1)
         count = torch.as_tensor(t, dtype=size.dtype, device=size.device).log().reshape(-1, 1).expand_as(size)
         normal = [nn.functional.layer_norm(x, (self.state_size,), eps=1e-12) for x in parts]
         return self.layers(torch.cat([*normal, size, count], 1)).squeeze(1)
